@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 # ------------------------------------------------------------------------------------------------ Languages
-# joshi: class of resource richness, 0 to 5 (Joshi et al., 2020).  seen: 1 if XLM-R was pretrained on it.  The
-# rest: accuracy in percent, published with SIB-200, of XLM-R large fine-tuned on the language itself; of the
-# same fine-tuned on English, Arabic or Chinese only (zero-shot); of GPT prompted without examples.
+# joshi: class of resource richness, 0 to 5 (Joshi et al., 2020).  seen: 1 if XLM-R was pretrained on it.
+# The rest are SIB-200's published accuracies, percent.  xlmr_large: XLM-R large, fine-tuned on the language;
+# zs_*: the same on English, Arabic or Chinese only (zero-shot); gpt*: prompted without examples.  -: none.
 TABLE = """
 code     joshi seen xlmr_large  zs_eng zs_ara zs_zho gpt35  gpt4  name
 ace_Arab 1     0          48.0    34.0   32.5   33.2   9.1  14.2  Acehnese (Arabic)

@@ -35,48 +35,48 @@ import groups
 # ----------------------------------------------------------------------------------------------------------
 # Configuration: every hyperparameter, its default (the paper's), its unit and its source
 
-
-def setting(default, text):
-    """A field of Config; its text is the comment, and the line that --help prints."""
-    return dataclasses.field(default=default, metadata={"help": text})
-
+def setting(default, text, choices=(), least=None, below=math.inf):
+    """A field of Config: its text (unit, section) is what --help prints; then what is allowed."""
+    return dataclasses.field(default=default, metadata=dict(help=text, choices=choices, least=least, below=below))
 
 @dataclasses.dataclass
 class Config:
     """Everything that defines a run.  The command line is made from it: `prompt_lr` is `--prompt-lr`."""
-    method: str = setting("dual", "spt, xpe or dual: a free soft prompt, an encoded one, or both (section 3)")
-    xpe_ratio: float = setting(None, "share of the prompt that is encoded, in (0, 1); dual only [0.7] (4.3)")
+    method: str = setting("dual", "spt, xpe or dual: a free soft prompt, an encoded one, or both (3)",
+                          ("spt", "xpe", "dual"))
+    xpe_ratio: float = setting(None, "share of the prompt that is encoded, in (0, 1), dual only [0.7] (4.3)")
     source: str = setting("joshi5", "languages to train on: enarzho, joshi5, seen, or codes with commas (4.2)")
     languages: str = setting("all", "languages to test on: all, or codes with commas")
     backbone: str = setting("FacebookAI/xlm-roberta-large", "encoder: hub name or local folder (4.1)")
     data: str = setting("Davlan/sib200", "hub name, or folder with <code>/{train,dev,test}.tsv (4.1)")
     out: str = setting("runs", "folder that holds one folder per run")
-    seed: int = setting(0, "random seed; the paper averages 10 (4.3)")
-    steps: int = setting(24_000, "optimization steps on the source languages (4.4)")
-    batch_size: int = setting(32, "sentences a step (4.4)")
-    lr: float = setting(5e-5, "peak learning rate of prompt encoder and head (4.4)")
-    prompt_lr: float = setting(5e-3, "peak learning rate of the standard soft prompt (4.4)")
-    weight_decay: float = setting(None, "decoupled decay of encoder and head [0.1; recipe released: 0.01] (4.4)")
-    warmup: float = setting(0.1, "share of the steps with linear warm-up (not in the paper)")
-    cycles: int = setting(2, "cosine cycles, each from the peak to zero (4.4)")
-    patience: int = setting(20, "epochs without a better dev loss that end the run, from half-time on (4.4)")
-    clip: float = setting(1.0, "global gradient norm (not in the paper)")
-    prompt_length: int = setting(20, "virtual tokens P (4.4)")
-    mlp_hidden: int = setting(256, "width of the prompt encoder (not in the paper)")
-    dropout: float = setting(0.1, "dropout in the prompt encoder (not in the paper)")
-    head_dropout: float = setting(0.1, "dropout in the classification head (not in the paper)")
-    backbone_dropout: str = setting("on", "on or off: the frozen backbone's own dropout while training")
-    pool: str = setting("first", "what the head reads: first (virtual token) or bos (the text's <s>)")
-    recipe: str = setting("paper", "paper or released: where the authors' program trains differently")
-    max_length: int = setting(164, "longest text in tokens (not in the paper)")
-    dtype: str = setting("auto", "backbone weights: fp32, bf16, or auto: bf16 on a GPU, else fp32")
+    seed: int = setting(0, "random seed; the paper averages 10 (4.3)", least=0)
+    steps: int = setting(24_000, "optimization steps (4.4)", least=0)
+    batch_size: int = setting(32, "sentences a step (4.4)", least=1)
+    lr: float = setting(5e-5, "peak learning rate of prompt encoder and head (4.4)", least=0)
+    prompt_lr: float = setting(5e-3, "peak learning rate of the standard soft prompt (4.4)", least=0)
+    weight_decay: float = setting(None, "decay of encoder and head [0.1; 0.01 if released] (4.4)", least=0)
+    warmup: float = setting(0.1, "share of the steps with linear warm-up (authors' program)", least=0, below=1)
+    cycles: int = setting(2, "cosine cycles, each from the peak to zero (4.4)", least=1)
+    patience: int = setting(20, "epochs without a better dev loss, from half-time on, that end it (4.4)", least=1)
+    clip: float = setting(1.0, "largest global norm of the gradient (authors' program)", least=0)
+    prompt_length: int = setting(20, "virtual tokens P (4.4)", least=1)
+    mlp_hidden: int = setting(256, "width of the prompt encoder (authors' program)", least=1)
+    dropout: float = setting(0.1, "dropout in the prompt encoder (authors' program)", least=0, below=1)
+    head_dropout: float = setting(0.1, "dropout in the classification head", least=0, below=1)
+    backbone_dropout: str = setting("on", "on or off: the frozen backbone's dropout in training", ("on", "off"))
+    pool: str = setting("first", "what the head reads: first (virtual token) or bos (<s>)", ("first", "bos"))
+    recipe: str = setting("paper", "paper or released, where the authors' program differs", ("paper", "released"))
+    max_length: int = setting(164, "longest text in tokens (authors' program)", least=3)
+    dtype: str = setting("auto", "backbone weights: fp32, bf16; auto is bf16 on a GPU", ("auto", "fp32", "bf16"))
     device: str = setting("auto", "cpu, cuda, cuda:1, ..., or auto: cuda where there is one")
     toy: bool = setting(False, "synthetic languages and a tiny random encoder: no network, half a minute")
-
+    init_from: str = setting("", "start from this run's folder, or from an adapter's (with --method spt)")
+    load: str = setting("", "do not train: test the adapter in this folder, or use it with --predict")
+    predict: str = setting("", "with --load: label each line of this file, or of standard input for -")
 
 # ----------------------------------------------------------------------------------------------------------
 # The prompts (sections 3.1, 3.2) and the classifier around them.  Needs only `import torch`: copy it alone.
-
 
 class SoftPrompt(torch.nn.Module):
     """SPT (4.3): `length` free vectors.  forward() -> (P, H).  Init N(0, 1)."""
@@ -87,7 +87,6 @@ class SoftPrompt(torch.nn.Module):
 
     def forward(self):
         return self.vectors                                          # (P, H)
-
 
 class CrossPromptEncoder(torch.nn.Module):
     """XPE (3.1): F_theta(pseudo prompt), one small MLP applied to each vector alone.  forward() -> (P, H)."""
@@ -104,7 +103,6 @@ class CrossPromptEncoder(torch.nn.Module):
     def forward(self):
         return self.mlp(self.pseudo_prompt)                          # (P, H) -> (P, H)
 
-
 class DualPrompt(torch.nn.Module):
     """DUAL (3.2): the standard part first, the encoded part second.  forward() -> (P, H)."""
 
@@ -114,7 +112,6 @@ class DualPrompt(torch.nn.Module):
 
     def forward(self):
         return torch.cat([self.standard(), self.encoded()])          # (P_spt, H) + (P_xpe, H) -> (P, H)
-
 
 def build_prompt(method, length, hidden, ratio=0.7, **encoder):
     """The prompt of a method: its share of encoded vectors is 0 (spt), `ratio` (dual) or 1 (xpe).
@@ -129,7 +126,6 @@ def build_prompt(method, length, hidden, ratio=0.7, **encoder):
     parts = [SoftPrompt(length - n, hidden)] * (n < length) + [CrossPromptEncoder(n, hidden, **encoder)] * (n > 0)
     return DualPrompt(*parts) if len(parts) == 2 else parts[0]
 
-
 class ClassificationHead(torch.nn.Module):
     """XLM-R's head: (B, H) -> dropout, Linear, tanh, dropout, Linear -> (B, C).  Init N(0, 0.02), as there."""
 
@@ -143,7 +139,6 @@ class ClassificationHead(torch.nn.Module):
 
     def forward(self, x):
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
-
 
 class PromptedClassifier(torch.nn.Module):
     """A frozen backbone that reads [prompt | <s> text </s>], and a head on one position of its last layer."""
@@ -174,10 +169,8 @@ class PromptedClassifier(torch.nn.Module):
         self.prompt.vectors = torch.nn.Parameter(finished, requires_grad=False)
         return self
 
-
 # ----------------------------------------------------------------------------------------------------------
 # Optimizer and schedule (section 4.4).  Needs only `import torch`: copy it alone.
-
 
 class Adafactor(torch.optim.Optimizer):
     """Adafactor (Shazeer and Stern, 2018) with an external learning rate and no momentum.
@@ -223,7 +216,6 @@ class Adafactor(torch.optim.Optimizer):
         rms = u.square().mean().sqrt()
         return u / (rms / group["clip_threshold"]).clamp(min=1.0)    # no .item(): a GPU would wait for it
 
-
 def cosine_with_restarts(step, warmup, total, cycles=2):
     """Factor in [0, 1] on the learning rate at `step` (0-based): linear warm-up, then `cycles` cosines to 0."""
     from math import cos, pi
@@ -232,14 +224,11 @@ def cosine_with_restarts(step, warmup, total, cycles=2):
     progress = (step - warmup) / max(1, total - warmup)
     return 0.0 if progress >= 1 else 0.5 * (1 + cos(pi * (cycles * progress % 1)))
 
-
 # ----------------------------------------------------------------------------------------------------------
 # Backbone and data
 
-
 class InputError(Exception):
     """Something the user can mend: main prints its one line and exits with code 2."""
-
 
 class Split(NamedTuple):
     """Sentences of one or more languages, on the device as a whole: 205 languages are some 60 MB."""
@@ -255,128 +244,121 @@ class Split(NamedTuple):
         rows = torch.as_tensor(rows).to(self.ids.device, non_blocking=True)
         return self.ids[rows, :T], self.mask[rows, :T], self.labels[rows]
 
+def first_line(error):
+    """What a library's exception says, short enough for one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
 
 def load_backbone(name, device="cpu", dtype=torch.float32, dropout=True):
     """The frozen encoder and its tokenizer, from the hub, a local folder, or "toy".  Raises InputError."""
+    if name == "toy":
+        backbone, tokenizer = toy_backbone(dropout)
+        return backbone.to(device, dtype).requires_grad_(False), tokenizer
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
-    if name == "toy":
-        return toy_backbone(device, dtype, dropout)
-    logging.set_verbosity_error()                                    # "unused classifier weights": by intention
+    logging.set_verbosity_error()                  # "unused classifier weights": by intention
     logging.disable_progress_bar()
     # The attention that is fastest in training: on a CPU the fused one is slow in bf16, and only there.
     attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else "sdpa"
     off = {} if dropout else dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
         backbone = AutoModel.from_pretrained(name, dtype=dtype, attn_implementation=attention,
                                              add_pooling_layer=False, **off)
     except Exception as error:                     # the libraries raise many kinds; all mean the same to a user
-        why = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"cannot load the backbone {name!r} ({why[0][:150]}); give a local folder with "
+        raise InputError(f"cannot load the backbone {name!r} ({first_line(error)}); give a local folder with "
                          "--backbone DIR, or --toy, which needs no download") from None
-    tokenizer.padding_side = "right"
     return backbone.to(device).requires_grad_(False), tokenizer
 
-
-def text_folder(data):
+def is_tsv(data):
     """Whether `data` is a folder in SIB-200's own layout, <code>/{train,dev,test}.tsv."""
     return any(Path(data).glob("*/*.tsv"))
 
-
 def available(data):
-    """The language codes that `data` has."""
-    if text_folder(data):
-        return sorted(p.name for p in Path(data).iterdir() if any(p.glob("*.tsv")))
+    """The language codes that `data` has: a folder's own, or SIB-200's."""
+    if is_tsv(data):
+        return sorted({path.parent.name for path in Path(data).glob("*/*.tsv")})
     if Path(data).is_dir():
         from datasets import get_dataset_config_names
         return sorted(get_dataset_config_names(data))
+    if data.startswith((".", "/", "~")):
+        raise InputError(f"--data {data}: no such folder")
     return list(groups.LANGUAGES)
 
-
 def load_language(data, code, split, labels=None):
-    """Texts and label names of one language; `split` is train, dev or test.
+    """Texts and label names of one language; `split` is train, dev or test; `data` as in Config.
 
     With `labels`, every label must be one of them.  Raises InputError that names the file and line.
     """
     if data == "toy":
         return toy_language(code, split)
-    rows = read_tsv(Path(data, code, split + ".tsv")) if text_folder(data) else read_dataset(data, code, split)
-    texts, names = [], []
+    rows = read_tsv(Path(data, code, split + ".tsv")) if is_tsv(data) else read_dataset(data, code, split)
     for where, text, label in rows:
         if not text or not text.strip():
             raise InputError(f"{where}: empty text")
-        if not label or (labels and label not in labels):
+        if not label or labels and label not in labels:
             raise InputError(f"{where}: unknown label {label!r}; known: {', '.join(labels or groups.LABELS)}")
-        texts.append(text)
-        names.append(label)
-    if not texts:
+    if not rows:
         raise InputError(f"no {split} rows for {code} in {data}")
-    return texts, names
-
+    return [text for _, text, _ in rows], [label for _, _, label in rows]
 
 def read_tsv(path):
-    """(place, text, label) of each row.  SIB-200's files are CSV with tabs: fields may be quoted."""
+    """[(place, text, label)].  SIB-200's files are CSV with tabs: a plain split leaves quotes in 7,688 rows."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, delimiter="\t")
-            if not {"category", "text"} <= set(reader.fieldnames or ()):
-                raise InputError(f"{path}: needs the columns index_id, category, text")
             return [(f"{path}:{reader.line_num}", row["text"], row["category"]) for row in reader]
+    except KeyError:
+        raise InputError(f"{path}: needs the columns index_id, category, text") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
-
 def read_dataset(data, code, split):
-    """(place, text, label) of each row of a data set on the hub, or of a local folder in its format."""
+    """[(place, text, label)] of a data set on the hub, or of a local folder that load_dataset understands."""
     import datasets
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(data, code, split={"dev": "validation"}.get(split, split))
         return [(f"{data} {code} {split} row {i}", r["text"], r["category"]) for i, r in enumerate(rows)]
     except Exception as error:                     # as above: offline, no such config, no such column, ...
-        why = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"cannot load {code} of {data!r} ({why[0][:150]}); give a local folder with "
+        raise InputError(f"cannot load {code} of {data!r} ({first_line(error)}); give a local folder with "
                          "--data DIR, or --toy, which needs no download") from None
-
 
 def known_labels(data, codes):
     """The labels of the training rows, sorted: a label's place here is its class number."""
     names = {label for code in codes for label in load_language(data, code, "train")[1]}
-    if names > set(groups.LABELS):                 # SIB-200 and something more: a slip, not an eighth topic
-        names = set(groups.LABELS)
-    return sorted(names)
+    return sorted(groups.LABELS if names > set(groups.LABELS) else names)    # an eighth in SIB-200 is a slip
 
+def encode(texts, names, languages, labels, tokenizer, device, max_length=164):
+    """Tokenized texts with their label names and codes as a Split."""
+    e = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    y = torch.tensor([labels.index(name) for name in names], device=device)
+    return Split(e["input_ids"].to(device), e["attention_mask"].to(device), y,
+                 e["attention_mask"].sum(1).numpy(), np.array(languages))
 
-def load_split(data, codes, split, labels, tokenizer, device, max_length=164):
-    """One Split with all sentences of `codes`, tokenized once."""
+def load_split(data, codes, split, labels, *encoding):
+    """One Split with all sentences of `codes`; `encoding` is encode's tokenizer, device and max_length."""
     texts, names, languages = [], [], []
     for code in codes:
         t, n = load_language(data, code, split, labels)
         texts, names, languages = texts + t, names + n, languages + [code] * len(t)
-    e = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-    y = torch.tensor([labels.index(name) for name in names])
-    return Split(e["input_ids"].to(device), e["attention_mask"].to(device), y.to(device),
-                 e["attention_mask"].sum(1).numpy(), np.array(languages))
-
+    return encode(texts, names, languages, labels, *encoding)
 
 # ----------------------------------------------------------------------------------------------------------
 # The toy: synthetic languages under real codes, and a tiny random encoder.  Its numbers mean nothing.
 
 TOY = dict(backbone="toy", data="toy", steps=300, lr=3e-3, prompt_lr=5e-2, max_length=32)
 
-
-def toy_backbone(device, dtype, dropout):
-    """A random two-layer XLM-R over a vocabulary of 70 topic words, 50 filler words and 300 foreign words."""
+def toy_backbone(dropout=True):
+    """A random two-layer XLM-R over 70 topic words, 50 filler and 300 foreign ones, and its tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
-    words = ["<s>", "<pad>", "</s>", "<unk>"] + [f"{kind}{i}" for kind, n in
-                                                 (("topic", 70), ("filler", 50), ("foreign", 300)) for i in range(n)]
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(f"topic{i}" for i in range(70)),
+             *(f"filler{i}" for i in range(50)), *(f"foreign{i}" for i in range(300))]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-                                        pad_token="<pad>", cls_token="<s>", sep_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
+                                        unk_token="<unk>", pad_token="<pad>", cls_token="<s>", sep_token="</s>")
     rate = 0.1 if dropout else 0.0
     config = XLMRobertaConfig(vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
                               intermediate_size=128, max_position_embeddings=130, type_vocab_size=1,
@@ -386,64 +368,54 @@ def toy_backbone(device, dtype, dropout):
         backbone = XLMRobertaModel(config, add_pooling_layer=False)
         topics = backbone.get_input_embeddings().weight.data[4:74].view(7, 10, 64)           # a view: 10 words each
         topics += torch.randn(7, 1, 64)            # words of one topic look alike, as after pretraining
-    return backbone.to(device, dtype).requires_grad_(False), tokenizer
-
+    return backbone, tokenizer
 
 def toy_language(code, split):
-    """Sentences of half topic words, half filler.  A topic word is foreign, which tells nothing, more often
-    the worse the backbone knows the language: 5 % for seen ones, 65 % for unseen, 90 % for low-performing."""
+    """Texts and labels: half topic words, half filler.  A topic word turns foreign, which tells nothing, the
+    more often the worse the backbone knows the language: 5 % in seen, 65 % in unseen, 90 % in low-performing."""
     foreign = 0.05 if code in groups.SEEN else 0.9 if code in groups.LOW_PERFORMING else 0.65
-    rng = random.Random(f"{code} {split}")
-    texts, names = [], []
+    rng, texts, names = random.Random(f"{code} {split}"), [], []
     for _ in range({"train": 140, "dev": 35, "test": 35}[split]):
-        topic = rng.randrange(len(groups.LABELS))
+        topic = rng.randrange(7)
         words = [f"filler{rng.randrange(50)}" for _ in range(rng.randint(3, 6))]
-        words += [f"foreign{rng.randrange(300)}" if rng.random() < foreign else f"topic{topic * 10 + rng.randrange(10)}"
+        words += [f"foreign{rng.randrange(300)}" if rng.random() < foreign else f"topic{10 * topic + rng.randrange(10)}"
                   for _ in range(rng.randint(3, 6))]
-        rng.shuffle(words)
-        texts.append(" ".join(words))
+        texts.append(" ".join(rng.sample(words, len(words))))
         names.append(groups.LABELS[topic])
     return texts, names
-
 
 # ----------------------------------------------------------------------------------------------------------
 # Training and evaluation (section 4.4)
 
-
 class Stopped(Exception):
     """SIGTERM or Ctrl-C arrived, and what was done so far is safe."""
 
-
 class NonFinite(Exception):
     """The loss became infinite or NaN; the last checkpoint is untouched."""
-
 
 def predict(model, split, stop=(), tokens=8192):
     """Logits (N, C) of every sentence, in order: one pass sorted by length, about `tokens` positions a batch."""
     from tqdm import tqdm
     model.eval()
     order, at, parts, P = np.argsort(-split.lengths, kind="stable"), 0, [], len(model.prompt())
-    with torch.inference_mode(), tqdm(total=len(order), leave=False, disable=None, unit="sentence") as bar:
+    with torch.no_grad(), tqdm(total=len(order), leave=False, disable=None, unit="sentence") as bar:
         while at < len(order):
             if stop:
                 raise Stopped
             rows = order[at:at + max(1, tokens // (int(split.lengths[order[at]]) + P))].copy()
-            ids, mask, _ = split.batch(rows)
-            parts.append(model(ids, mask))                                                   # (B, C)
+            parts.append(model(*split.batch(rows)[:2]))                                      # (B, C)
             at += len(rows)
             bar.update(len(rows))
-    return torch.cat(parts)[torch.as_tensor(np.argsort(order)).to(split.ids.device)].clone()  # (N, C)
-
+    return torch.cat(parts)[torch.as_tensor(np.argsort(order)).to(split.ids.device)]         # (N, C)
 
 def evaluate(model, split, stop=()):
     """({code: accuracy in percent}, mean loss, predicted classes (N,)) on a Split."""
     logits = predict(model, split, stop)
     loss = torch.nn.functional.cross_entropy(logits, split.labels).item()
-    guess = logits.argmax(-1)
-    right = (guess == split.labels).cpu().numpy()
+    guess = logits.argmax(-1).cpu().numpy()
+    right = guess == split.labels.cpu().numpy()
     codes = dict.fromkeys(split.languages.tolist())
-    return {c: float(100 * right[split.languages == c].mean()) for c in codes}, loss, guess.cpu().numpy()
-
+    return {code: float(100 * right[split.languages == code].mean()) for code in codes}, loss, guess
 
 def epoch_batches(lengths, size, seed, epoch):
     """The epoch's batches of row numbers: shuffled, similar lengths together (AUTHORS), shuffled again.
@@ -451,23 +423,18 @@ def epoch_batches(lengths, size, seed, epoch):
     A function of (seed, epoch) alone, so that a resumed run needs no state of a data loader.
     """
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
+    order, batches = rng.permutation(len(lengths)), []
     pool = size * min(50, max(1, len(order) // (4 * size)))          # lengths are sorted within pools of batches
-    batches = []
     for at in range(0, len(order), pool):
         rows = order[at:at + pool]
         rows = rows[np.argsort(-lengths[rows], kind="stable")]
         batches += [rows[i:i + size] for i in range(0, len(rows), size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
-
 def parameter_groups(model, cfg):
     """Parameters with equal settings together (4.4); recipe `released` is what the authors' program does."""
-    released = cfg.recipe == "released"
-    found = {}
+    released, found = cfg.recipe == "released", {}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
         lr, decay = cfg.lr, cfg.weight_decay
         if name.endswith("vectors"):                                 # PAPER 4.4: 5e-3, no decay, always
             lr, decay = cfg.prompt_lr, 0.0
@@ -477,31 +444,30 @@ def parameter_groups(model, cfg):
             lr, decay = cfg.prompt_lr, 0.0                           # AUTHORS: the large rate, no decay
         elif released and name.endswith("bias"):                     # AUTHORS: no decay on biases
             decay = 0.0
-        found.setdefault((lr, decay), []).append(p)
+        if p.requires_grad:
+            found.setdefault((lr, decay), []).append(p)
     return [dict(params=p, lr=lr, peak=lr, weight_decay=decay) for (lr, decay), p in found.items()]
-
 
 def trainable(model):
     """{name: tensor} of what is trained; the frozen backbone is not in it."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-
 def copy_into(model, tensors):
-    """Write {name: tensor} into a model's parameters of these names."""
-    with torch.no_grad():
-        for name, p in trainable(model).items():
-            p.copy_(tensors[name])
-
+    """Write {name: tensor} into a model's trainable parameters.  Raises KeyError or RuntimeError on a misfit."""
+    for name, p in trainable(model).items():
+        p.copy_(tensors[name])
 
 def train_epoch(model, data, optimizer, cfg, run, stop):
-    """The rest of the epoch that `run` stands in.  No step waits for the device: losses are read at its end."""
+    """The rest of the epoch that `run` stands in; -> its mean loss.  No step waits for the device."""
+    from tqdm import tqdm
     batches = epoch_batches(data.lengths, cfg.batch_size, cfg.seed, len(run["curve"]))
     first = len(run["curve"]) * len(batches)                         # the epoch's first step
-    last = min(first + len(batches), cfg.steps)
-    if run["losses"] is None:
-        run["losses"] = torch.zeros(len(batches), device=data.ids.device)
+    losses = torch.zeros(len(batches)) if run["losses"] is None else run["losses"]
+    run["losses"] = losses = losses.to(data.ids.device)
     model.train()
-    for step in progress(range(run["step"], last), run, cfg):
+    bar = tqdm(range(run["step"], min(first + len(batches), cfg.steps)), initial=run["step"], total=cfg.steps,
+               leave=False, disable=None, unit="step")
+    for step in bar:
         if stop:
             break
         factor = cosine_with_restarts(step, math.ceil(cfg.warmup * cfg.steps), cfg.steps, cfg.cycles)
@@ -513,82 +479,65 @@ def train_epoch(model, data, optimizer, cfg, run, stop):
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
-        run["losses"][step - first] = loss.detach()
-        run["step"], run["factor"] = step + 1, factor
-    losses = run["losses"][:run["step"] - first].tolist()            # here the host waits, once an epoch
+        losses[step - first] = loss.detach()
+        run["step"], run["lr"] = step + 1, cfg.lr * factor
+        if not bar.disable and step % 20 == 0:                       # on a terminal only: reading makes a GPU wait
+            dev = f"{run['curve'][-1]['dev_accuracy']:.1f}%" if run["curve"] else "-"
+            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {run['lr']:.1e}, dev {dev}", refresh=False)
+    losses = losses[:run["step"] - first].tolist()                   # here the host waits, once an epoch
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise NonFinite(f"step {first + i + 1}: the loss is {loss}; the batch's languages are "
                             f"{', '.join(sorted(set(data.languages[batches[i]])))}; the last checkpoint is kept")
     return sum(losses) / max(1, len(losses))
 
+def train(model, data, dev, cfg, folder, stop=(), state=None):
+    """Train on the Split `data`, keep what is best on the Split `dev`; -> the record of the run (a dict).
 
-def progress(steps, run, cfg):
-    """`steps` with a bar on a terminal: loss and dev accuracy as last read, learning rate, time left."""
-    from tqdm import tqdm
-    bar = tqdm(steps, initial=run["step"], total=cfg.steps, leave=False, disable=None, unit="step", mininterval=1)
-    shown = 0.0
-    for step in bar:
-        yield step
-        if not bar.disable and time.time() - shown > 1:              # reading a loss makes a GPU wait: once a second
-            shown, k = time.time(), run["step"] - len(run["curve"]) * len(run["losses"])
-            dev = run["curve"][-1]["dev_accuracy"] if run["curve"] else float("nan")
-            bar.set_postfix_str(f"loss {run['losses'][k - 1]:.3f} lr {cfg.lr * run['factor']:.1e} dev {dev:.1f}%")
-
-
-def train(model, data, dev, cfg, folder, stop=()):
-    """Train on the Split `data`; keep what is best on the Split `dev`; -> the record of the run (a dict).
-
-    An evaluation and a checkpoint end each epoch.  A checkpoint in `folder` is gone on from, and the end is the
+    An evaluation and a checkpoint end each epoch.  `state`, a checkpoint, is gone on from, and the end is the
     same to the last bit.  Raises Stopped (after a checkpoint) and NonFinite (the last checkpoint stays).
     """
     optimizer = Adafactor(parameter_groups(model, cfg), lr=cfg.lr)
-    run = dict(step=0, curve=[], losses=None, factor=0.0, best=None, waited=0, seconds=0.0)
-    resume(model, optimizer, run, folder)
+    run = dict(step=0, curve=[], losses=None, lr=0.0, best=None, waited=0, seconds=0.0)
+    if state:
+        resume(model, optimizer, run, state)
     began = time.time() - run["seconds"]
-    head = "epoch    step   loss   dev loss   dev acc.   majority       lr   seconds     left"
-    print(head)
+    print("epoch    step    loss  dev loss   dev acc.  majority        lr  seconds     left")
     while not run["curve"] or (run["step"] < cfg.steps and run["waited"] < cfg.patience):
         try:
             loss = train_epoch(model, data, optimizer, cfg, run, stop)
-            accuracy, dev_loss, guess = evaluate(model, dev, stop)
+            _, dev_loss, guess = evaluate(model, dev, stop)
+            record(run, model, cfg, loss, dev_loss, guess, dev.labels.cpu().numpy())
         except Stopped:
-            run["seconds"] = time.time() - began
-            save_checkpoint(model, optimizer, run, folder)
+            save_checkpoint(model, optimizer, run, cfg, folder)
             raise
-        record(run, model, cfg, loss, dev_loss, float(np.mean(guess == dev.labels.cpu().numpy()) * 100))
         run["seconds"] = time.time() - began
-        save_checkpoint(model, optimizer, run, folder)
-        print_row(run, cfg, dev, guess)
+        save_checkpoint(model, optimizer, run, cfg, folder)
+        print_row(run, cfg, guess)
     copy_into(model, run["best"])
     return run
 
-
-def record(run, model, cfg, loss, dev_loss, dev_accuracy):
+def record(run, model, cfg, loss, dev_loss, guess, labels):
     """Note an evaluation: the best accuracy is kept, ties go to the earlier; patience watches the dev loss."""
-    curve = run["curve"]
-    if not curve or dev_accuracy > max(c["dev_accuracy"] for c in curve):
+    curve, accuracy = run["curve"], float(100 * np.mean(guess == labels))
+    if not curve or accuracy > max(c["dev_accuracy"] for c in curve):
         run["best"] = {name: t.clone() for name, t in trainable(model).items()}
     if 2 * run["step"] >= cfg.steps:               # PAPER 4.4: after the first cycle; AUTHORS: from half-time on
         run["waited"] = 0 if not curve or dev_loss < min(c["dev_loss"] for c in curve) else run["waited"] + 1
-    curve.append(dict(epoch=len(curve) + 1, step=run["step"], lr=cfg.lr * run["factor"], loss=loss,
-                      dev_loss=dev_loss, dev_accuracy=dev_accuracy))
+    curve.append(dict(epoch=len(curve) + 1, step=run["step"], loss=loss, dev_loss=dev_loss, dev_accuracy=accuracy,
+                      majority=float(100 * np.bincount(labels).max() / len(labels)), lr=run["lr"]))
     run["losses"] = None
 
-
-def print_row(run, cfg, dev, guess):
+def print_row(run, cfg, guess):
     """One row of the log, and a warning where every dev sentence got the same class."""
-    c, majority = run["curve"][-1], 100 * torch.bincount(dev.labels).max().item() / len(dev.labels)
     left = run["seconds"] * (cfg.steps / max(1, run["step"]) - 1)
-    print(f"{c['epoch']:5d} {c['step']:7d} {c['loss']:6.3f} {c['dev_loss']:10.3f} {c['dev_accuracy']:9.1f}%"
-          f" {majority:9.1f}% {c['lr']:8.1e} {run['seconds']:9.0f} {left:8.0f}", flush=True)
+    print("{epoch:5d} {step:7d} {loss:7.3f} {dev_loss:9.3f} {dev_accuracy:9.1f}% {majority:8.1f}% {lr:9.1e}".format(
+        **run["curve"][-1]), f"{run['seconds']:8.0f} {left:8.0f}", flush=True)
     if len(set(guess.tolist())) == 1:
         print("      warning: every dev sentence is predicted as one class; more steps or other rates may help")
 
-
 # ----------------------------------------------------------------------------------------------------------
 # The run folder: whatever happens, a file there is whole, and an epoch is the most that can be lost
-
 
 def write_file(path, write):
     """write(file) into `path` by way of a temporary name, so that `path` is the old file or the new one."""
@@ -603,145 +552,156 @@ def write_file(path, write):
     finally:
         new.unlink(missing_ok=True)
 
+def write_text(path, text):
+    """A string into a file, atomically."""
+    write_file(path, lambda file: file.write(text.encode()))
 
-def write_json(path, value):
-    """`value` as JSON, atomically."""
-    write_file(path, lambda file: file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
-
-
-def save_checkpoint(model, optimizer, run, folder):
+def save_checkpoint(model, optimizer, run, cfg, folder):
     """Everything needed to go on, and log.csv."""
-    rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-    state = dict(run=run, model=trainable(model), optimizer=optimizer.state_dict(), rng=rng)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state = dict(config=dataclasses.asdict(cfg), run=run, model=trainable(model), optimizer=optimizer.state_dict(),
+                 rng=torch.get_rng_state(), cuda=cuda)
     write_file(folder / "checkpoint.pt", lambda file: torch.save(state, file))
     if run["curve"]:
-        rows = [",".join(run["curve"][0])] + [",".join(map(str, c.values())) for c in run["curve"]]
-        write_file(folder / "log.csv", lambda file: file.write(("\n".join(rows) + "\n").encode()))
+        rows = [run["curve"][0].keys(), *(c.values() for c in run["curve"])]
+        write_text(folder / "log.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
 
+def resume(model, optimizer, run, state):
+    """Put a checkpoint's state back where save_checkpoint took it from."""
+    copy_into(model, state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    run.update(state["run"])
+    print(f"going on from step {run['step']}")
 
 def read_checkpoint(path):
-    """The state that save_checkpoint wrote.  Raises InputError."""
+    """What save_checkpoint wrote, read without unpickling code.  Raises InputError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in ("run", "model", "optimizer", "rng")}
+        return {key: state[key] for key in ("config", "run", "model", "optimizer", "rng", "cuda")}
     except Exception as error:                     # truncated, foreign, or not readable at all
-        raise InputError(f"{path}: not a checkpoint of this program ({type(error).__name__}); "
-                         "remove it, or choose another --out") from None
-
-
-def resume(model, optimizer, run, folder):
-    """Go on from the folder's checkpoint, if there is one."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return
-    state = read_checkpoint(path)
-    try:
-        copy_into(model, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"]["cpu"])
-    except (KeyError, ValueError, RuntimeError, TypeError):
-        raise InputError(f"{path}: a checkpoint of another model; choose another --out") from None
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-    run.update(state["run"])
-    device = next(model.parameters()).device
-    run["best"] = run["best"] and {name: t.to(device) for name, t in run["best"].items()}
-    run["losses"] = run["losses"] if run["losses"] is None else run["losses"].to(device)
-    print(f"going on from step {run['step']} ({path})")
-
-
-def run_name(cfg):
-    """dual70-joshi5-s0: what defines a run."""
-    share = f"{round(100 * cfg.xpe_ratio)}" if cfg.method == "dual" else ""
-    return f"{'toy-' * cfg.toy}{cfg.method}{share}-{cfg.source.replace(',', '+')[:100]}-s{cfg.seed}"
-
+        raise InputError(f"{path}: not a checkpoint of this program ({type(error).__name__}); remove it, or "
+                         "choose another --out") from None
 
 def claim_folder(cfg):
-    """The run's folder, and its result if it is finished.  Raises InputError for another config's folder."""
-    folder = Path(cfg.out, run_name(cfg))
-    mine = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "out"}
+    """(folder, its result if finished, its checkpoint if interrupted) of a run named by what defines it.
+
+    Raises InputError where the folder holds a run with other settings, or cannot be written to.
+    """
+    share = round(100 * cfg.xpe_ratio) if cfg.method == "dual" else ""
+    folder = Path(cfg.out, f"{'toy-' * cfg.toy}{cfg.method}{share}-{cfg.source.replace(',', '+')[:100]}-s{cfg.seed}")
+    result = state = None
     try:
-        if (folder / "config.json").exists():
-            theirs = json.loads((folder / "config.json").read_text())
-            differ = [f"{k} ({theirs.get(k)} there, {v} here)" for k, v in mine.items() if theirs.get(k) != v]
-            if differ:
-                raise InputError(f"{folder} holds a run with other settings: {', '.join(differ)}; choose another --out")
+        above = next(path for path in (folder, *folder.parents) if path.exists())
+        tempfile.TemporaryFile(dir=above).close()                    # can be written to?  Leaves nothing behind.
         if (folder / "result.json").exists():
-            return folder, json.loads((folder / "result.json").read_text())
-        above = next(p for p in (folder, *folder.parents) if p.exists())
-        with tempfile.TemporaryFile(dir=above):    # writable?  Leaves nothing behind.
-            return folder, None
-    except json.JSONDecodeError:
-        raise InputError(f"{folder}: a file there is not JSON; choose another --out") from None
+            result = json.loads((folder / "result.json").read_text())
+        elif (folder / "checkpoint.pt").exists():
+            state = read_checkpoint(folder / "checkpoint.pt")
+        theirs = (result or state or {}).get("config", {})
     except OSError as error:
         raise InputError(f"{folder}: cannot be used ({error.strerror}); choose another --out") from None
-
+    except (ValueError, AttributeError):
+        raise InputError(f"{folder}/result.json: not a result of this program; choose another --out") from None
+    differ = [f"{key} ({theirs[key]} there, {mine} here)" for key, mine in dataclasses.asdict(cfg).items()
+              if key != "out" and theirs.get(key, mine) != mine]
+    if differ:
+        raise InputError(f"{folder} holds a run with other settings: {', '.join(differ)}; choose another --out")
+    return folder, result, state
 
 # ----------------------------------------------------------------------------------------------------------
-# Adapters: the finished prompt and the head, in the layout that PEFT's PeftModel.from_pretrained loads
+# Adapters: finished prompt and head as PEFT loads them.  Needs torch, json, Path and the section on prompts.
 
-HEAD = "base_model.classifier."
-
+HEAD = "base_model.classifier."                    # PEFT's name for the head; its two Linears follow
 
 def save_adapter(model, folder, base="", facts=None):
-    """Write prompt (P, H) and head as a PEFT PROMPT_TUNING adapter; `facts` go into xpe.json beside it.
+    """Write prompt (P, H) and head as a PEFT PROMPT_TUNING adapter for `base`; `facts` go into xpe.json.
 
-    Raises ValueError for pool="bos": PEFT's head reads position 0.
+    Raises ValueError for pool "bos": PEFT's head reads position 0.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
     if model.pool == "bos":
-        raise ValueError("PEFT's head reads position 0, so a model with pool 'bos' cannot be saved as its adapter")
-    model.eval()
+        raise ValueError("PEFT's head reads position 0: a model with pool 'bos' cannot be saved as an adapter")
+    model.eval()                                   # the prompt without dropout
     tensors = {"prompt_embeddings": model.prompt(), **{HEAD + k: v for k, v in model.head.state_dict().items()}}
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}
-    b = model.backbone.config
+    b, folder = model.backbone.config, Path(folder)
     config = dict(peft_type="PROMPT_TUNING", task_type="SEQ_CLS", base_model_name_or_path=base, inference_mode=True,
                   num_virtual_tokens=len(tensors["prompt_embeddings"]), token_dim=b.hidden_size,
                   num_transformer_submodules=1, num_attention_heads=b.num_attention_heads,
                   num_layers=b.num_hidden_layers, modules_to_save=["classifier"], prompt_tuning_init="RANDOM")
-    folder = Path(folder)
-    write_file(folder / "adapter_model.safetensors", lambda f: f.write(save(tensors, metadata={"format": "pt"})))
-    write_json(folder / "adapter_config.json", config)
-    write_json(folder / "xpe.json", facts or {})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "xpe.json").write_text(json.dumps(facts or {}, indent=1))
 
+def load_adapter(folder, backbone):
+    """A PromptedClassifier from save_adapter's folder, any PEFT PROMPT_TUNING one, or the authors' P_TUNING one.
+
+    The authors' layout brings pseudo prompt and encoder, the others the finished prompt.  Raises ValueError
+    that names a missing or surplus tensor or one of a wrong shape.  Only safetensors are read.
+    """
+    from safetensors.torch import load_file
+    try:
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        tensors = load_file(Path(folder, "adapter_model.safetensors"))
+        kind, P, H = config["peft_type"], config["num_virtual_tokens"], backbone.config.hidden_size
+    except Exception as error:                     # no such file, not JSON, not safetensors, not PEFT's
+        raise ValueError(f"{folder}: not a readable adapter ({error})") from None
+    shape = lambda name: [*tensors[name].shape, 0] if name in tensors else [0, 0]
+    if kind == "PROMPT_TUNING":
+        prompt, keys = SoftPrompt(P, H), {"vectors": "prompt_embeddings"}
+    elif kind == "P_TUNING":
+        n, parts = shape("prompt_encoder.xpe_embedding.weight")[0], "prompt_encoder."
+        prompt = build_prompt("spt" if n == 0 else "xpe" if n >= P else "dual", P, H, n / P,
+                              mlp_hidden=shape(parts + "xpe_head.0.weight")[0])
+        keys = {"vectors": parts + "embedding.weight", "pseudo_prompt": parts + "xpe_embedding.weight"}
+    else:
+        raise ValueError(f"{folder}: peft_type {kind} is neither PROMPT_TUNING nor P_TUNING")
+    model = PromptedClassifier(backbone, prompt, shape(HEAD + "out_proj.weight")[0]).to(backbone.device)
+    wanted = {HEAD + name: p for name, p in model.head.named_parameters()}
+    for name, p in prompt.named_parameters():
+        name = name.removeprefix("standard.").removeprefix("encoded.")
+        wanted[keys.get(name) or name.replace("mlp.", "prompt_encoder.xpe_head.")] = p
+    wrong = [f"missing {name}" for name in wanted if name not in tensors]
+    wrong += [f"surplus {name}" for name in tensors if name not in wanted]
+    wrong += [f"{name} is {tuple(tensors[name].shape)}, should be {tuple(p.shape)}" for name, p in wanted.items()
+              if name in tensors and tensors[name].shape != p.shape]
+    if wrong:
+        raise ValueError(f"{folder}: {', '.join(wrong)}")
+    for name, p in wanted.items():
+        p.data.copy_(tensors[name])
+    return model
 
 # ----------------------------------------------------------------------------------------------------------
 # Command line
 
-
 def closest(word, names):
-    """The end of an error line: which known names look like `word`."""
+    """The end of an error line: the known names that look like `word`."""
     near = difflib.get_close_matches(word, list(names), n=3, cutoff=0.4)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(list(names)[:8])}"
 
-
-CHOICES = dict(method=("spt", "xpe", "dual"), recipe=("paper", "released"), pool=("first", "bos"),
-               dtype=("auto", "fp32", "bf16"), backbone_dropout=("on", "off"))
-AT_LEAST = dict(steps=0, batch_size=1, prompt_length=1, mlp_hidden=1, max_length=3, cycles=1, patience=1, seed=0,
-                lr=0.0, prompt_lr=0.0, clip=0.0, warmup=0.0, dropout=0.0, head_dropout=0.0, weight_decay=0.0)
-
-
 def check(cfg):
-    """Raise InputError for what can be told without loading anything; fill in what depends on other settings."""
-    for name, choices in CHOICES.items():
-        if getattr(cfg, name) not in choices:
-            raise InputError(f"unknown {name} {getattr(cfg, name)!r}; {closest(getattr(cfg, name), choices)}")
+    """Raise InputError for what can be told without loading anything; fill in what follows from other settings."""
+    for field in dataclasses.fields(cfg):
+        value, meta, flag = getattr(cfg, field.name), field.metadata, "--" + field.name.replace("_", "-")
+        if meta["choices"] and value not in meta["choices"]:
+            raise InputError(f"unknown {flag} {value!r}; {closest(value, meta['choices'])}")
+        if meta["least"] is not None and value is not None and not meta["least"] <= value < meta["below"]:
+            limit = f" and below {meta['below']}" if meta["below"] < math.inf else ""
+            raise InputError(f"{flag} {value}: must be at least {meta['least']}{limit}")
     if cfg.method != "dual" and cfg.xpe_ratio is not None:
         raise InputError(f"--xpe-ratio belongs to --method dual; {cfg.method} has none")
-    cfg.xpe_ratio = {"spt": 0.0, "xpe": 1.0, "dual": 0.7 if cfg.xpe_ratio is None else cfg.xpe_ratio}[cfg.method]
-    if cfg.method == "dual" and not 0 < cfg.xpe_ratio < 1:
-        raise InputError(f"--xpe-ratio {cfg.xpe_ratio}: must lie between 0 and 1 (0 is --method spt, 1 is --method xpe)")
-    if cfg.weight_decay is None:
-        cfg.weight_decay = 0.01 if cfg.recipe == "released" else 0.1             # PAPER 4.4: 0.1
-    for name, least in AT_LEAST.items():
-        if not least <= getattr(cfg, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be a number of at least {least}")
-    for name in ("warmup", "dropout", "head_dropout"):
-        if getattr(cfg, name) >= 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be below 1")
+    ratio = 0.7 if cfg.xpe_ratio is None else cfg.xpe_ratio
+    if not 0 < ratio < 1:
+        raise InputError(f"--xpe-ratio {ratio}: must lie between 0 (--method spt) and 1 (--method xpe)")
     if cfg.method == "dual" and cfg.prompt_length < 2:
         raise InputError("--prompt-length 1: dual needs at least 2, one standard and one encoded vector")
-
+    cfg.xpe_ratio = {"spt": 0.0, "xpe": 1.0, "dual": ratio}[cfg.method]
+    if cfg.weight_decay is None:
+        cfg.weight_decay = 0.01 if cfg.recipe == "released" else 0.1             # PAPER 4.4: 0.1
 
 def pick_device(name):
     """The torch device, or InputError where it is not there."""
@@ -752,127 +712,171 @@ def pick_device(name):
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: not on this machine; use cpu or auto") from None
 
-
-def pick_languages(text, data, codes, split):
-    """Codes from a source's name or a list with commas, each checked against what `data` has."""
-    wanted = groups.SOURCES.get(text) or (codes if text == "all" else [c.strip() for c in text.split(",")])
+def pick_languages(text, data, split):
+    """Codes from "all", a source's name or a list with commas, each checked against what `data` has."""
+    codes = available(data)
+    wanted = groups.SOURCES.get(text) or (codes if text == "all" else [code.strip() for code in text.split(",")])
     for code in wanted:
         if code not in codes:
             raise InputError(f"unknown language {code!r} in {data}; {closest(code, [*codes, *groups.SOURCES])}")
-        if text_folder(data) and not Path(data, code, split + ".tsv").exists():
+        if is_tsv(data) and not Path(data, code, split + ".tsv").is_file():
             raise InputError(f"{Path(data, code, split + '.tsv')}: no such file")
     return list(dict.fromkeys(wanted))
 
-
-def build(cfg, num_labels, device):
-    """(model, tokenizer) of a config, the seed set first."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(
-        cfg.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+def backbone_of(cfg, device):
+    """The backbone and tokenizer of a config.  Raises InputError where prompt and text have too few positions."""
+    dtype = torch.bfloat16 if cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type == "cuda" else torch.float32
     backbone, tokenizer = load_backbone(cfg.backbone, device, dtype, cfg.backbone_dropout == "on")
-    b = backbone.config
-    room = b.max_position_embeddings - b.pad_token_id - 1            # XLM-R counts positions from pad_token_id + 1
+    room = backbone.config.max_position_embeddings - backbone.config.pad_token_id - 1        # XLM-R starts there
     if cfg.prompt_length + cfg.max_length > room:
-        raise InputError(f"--prompt-length {cfg.prompt_length} + --max-length {cfg.max_length} is more than the "
-                         f"{room} positions of {cfg.backbone}")
-    torch.manual_seed(cfg.seed)
-    prompt = build_prompt(cfg.method, cfg.prompt_length, b.hidden_size, cfg.xpe_ratio,
-                          mlp_hidden=cfg.mlp_hidden, dropout=cfg.dropout)
-    return PromptedClassifier(backbone, prompt, num_labels, cfg.pool, cfg.head_dropout).to(device), tokenizer
+        raise InputError(f"--prompt-length {cfg.prompt_length} and --max-length {cfg.max_length} together exceed "
+                         f"the {room} positions of {cfg.backbone}")
+    return backbone, tokenizer
 
+def start_from(model, folder):
+    """Copy prompt and head of another run, or of an adapter in any of the three layouts, into `model`."""
+    try:
+        if Path(folder, "checkpoint.pt").exists():
+            return copy_into(model, read_checkpoint(Path(folder, "checkpoint.pt"))["run"]["best"])
+        copy_into(model, trainable(load_adapter(folder, model.backbone)))
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise InputError(f"--init-from {folder}: does not fit this model ({first_line(error)}); a finished prompt has "
+                         "lost its encoder and goes on with --method spt only") from None
 
 def run(cfg, stop=()):
-    """One run, from the config to result.json; a finished run's result is only read."""
-    folder, result = claim_folder(cfg)
-    if result:
-        print(f"{folder} is finished; reported, not repeated")
-        return report(result)
-    codes = available(cfg.data) if cfg.data != "toy" else list(groups.LANGUAGES)
-    if Path(cfg.data).is_absolute() and not Path(cfg.data).is_dir() or cfg.data.startswith((".", "~")) and not \
-            Path(cfg.data).is_dir():
-        raise InputError(f"--data {cfg.data}: no such folder")
-    sources = pick_languages(cfg.source, cfg.data, codes, "train")
-    targets = pick_languages(cfg.languages, cfg.data, codes, "test")
+    """One run, from the config to result.json; a finished run is only reported."""
     device = pick_device(cfg.device)
+    folder, result, state = claim_folder(cfg)
+    if result:
+        print(f"{folder} is finished: reported, not repeated")
+        return report(result)
+    sources, targets = (pick_languages(*p) for p in ((cfg.source, cfg.data, "train"), (cfg.languages, cfg.data, "test")))
     labels = known_labels(cfg.data, sources)
-    model, tokenizer = build(cfg, len(labels), device)
-    load = lambda codes, split: load_split(cfg.data, codes, split, labels, tokenizer, device, cfg.max_length)
-    data, dev, test = load(sources, "train"), load(sources, "dev"), load(targets, "test")
-    n, whole = sum(t.numel() for t in trainable(model).values()), sum(p.numel() for p in model.parameters())
-    print(f"{folder}: {cfg.method}, {len(sources)} source languages, {len(data.lengths)} sentences, {len(labels)} labels; "
-          f"{n:,} of {whole:,} parameters are trained ({100 * n / whole:.2f} %); {device}, {cfg.backbone}")
-    if not (folder / "config.json").exists():
-        write_json(folder / "config.json", dataclasses.asdict(cfg))
-    record = train(model, data, dev, cfg, folder, stop)
-    accuracy = evaluate(model.cache_prompt(), test, stop)[0]
-    best = max(c["dev_accuracy"] for c in record["curve"])
-    if cfg.pool == "first":
-        save_adapter(model, folder / "adapter", cfg.backbone, dict(
-            method=cfg.method, xpe_ratio=cfg.xpe_ratio, labels=labels, languages=sources, dev_accuracy=best))
-    import transformers
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)
-    result = dict(config=dataclasses.asdict(cfg), versions=versions, seconds=round(record["seconds"], 1),
-                  trainable_parameters=n, dev_accuracy=best, accuracy=accuracy,
+    torch.manual_seed(cfg.seed)                    # before anything is built
+    backbone, tokenizer = backbone_of(cfg, device)
+    prompt = build_prompt(cfg.method, cfg.prompt_length, backbone.config.hidden_size, cfg.xpe_ratio,
+                          mlp_hidden=cfg.mlp_hidden, dropout=cfg.dropout)
+    model = PromptedClassifier(backbone, prompt, len(labels), cfg.pool, cfg.head_dropout).to(device)
+    if cfg.init_from:
+        start_from(model, cfg.init_from)
+    data, dev, test = (load_split(cfg.data, codes, split, labels, tokenizer, device, cfg.max_length)
+                       for codes, split in ((sources, "train"), (sources, "dev"), (targets, "test")))
+    n, whole = (sum(p.numel() for p in ps) for ps in (trainable(model).values(), model.parameters()))
+    print(f"{folder}: {n:,} of {whole:,} parameters train ({100 * n / whole:.2f} %) on {len(data.lengths):,} sentences "
+          f"in {len(sources)} languages, {len(labels)} labels; {cfg.backbone}, {backbone.dtype}, {device}")
+    try:
+        record = train(model, data, dev, cfg, folder, stop, state)
+    except (KeyError, RuntimeError) as error:      # only where a checkpoint of a changed program was read
+        raise InputError(f"{folder}/checkpoint.pt does not fit ({first_line(error)})") if state else error
+    accuracy, _, _ = evaluate(model.cache_prompt(), test, stop)
+    result = dict(config=dataclasses.asdict(cfg), versions=dict(python=sys.version.split()[0], torch=torch.__version__),
+                  seconds=record["seconds"], trainable_parameters=n,
+                  dev_accuracy=max(c["dev_accuracy"] for c in record["curve"]), accuracy=accuracy,
                   groups=groups.group_means(accuracy), dev_curve=record["curve"])
-    write_json(folder / "result.json", result)
+    if cfg.pool == "first":                        # what else is read, PEFT's layout cannot say
+        facts = {key: result[key] for key in ("config", "dev_accuracy", "groups")}
+        save_adapter(model, folder / "adapter", cfg.backbone, dict(labels=labels, languages=sources, **facts))
+    write_text(folder / "result.json", json.dumps(result, indent=1))
     return report(result)
-
 
 def report(result):
     """Print accuracy per language and per target group."""
     cells = [f"{code} {percent:5.1f}" for code, percent in sorted(result["accuracy"].items())]
-    for at in range(0, len(cells), 6):
-        print("  ".join(cells[at:at + 6]))
-    print(f"\ndev accuracy {result['dev_accuracy']:.1f}%, {result['seconds']:.0f} s of training")
-    for name, percent in result["groups"].items():
-        inside = sum(code in result["accuracy"] for code in groups.TARGET_GROUPS[name])
-        print(f"{name:<18} {inside:4d} languages {percent:6.1f}%")
+    print("\n".join("  ".join(cells[at:at + 6]) for at in range(0, len(cells), 6)))
+    if "seconds" in result:
+        print(f"\nbest dev accuracy {result['dev_accuracy']:.1f}%, {result['seconds']:.0f} s of training")
+    print(f"\n{'target group':<17} languages  accuracy")
+    for name, percent in groups.group_means(result["accuracy"]).items():
+        print(f"{name:<17} {sum(c in result['accuracy'] for c in groups.TARGET_GROUPS[name]):9d} {percent:8.1f}%")
     if result["config"]["toy"]:
         print("These are synthetic languages: the numbers mean nothing about real ones.")
     return result
 
+def use_adapter(cfg, stop=()):
+    """--load: accuracy of an adapter per language; with --predict, a label for each line of a text file."""
+    device = pick_device(cfg.device)
+    lines = read_lines(cfg.predict) if cfg.predict else None
+    targets = None if lines is not None else pick_languages(cfg.languages, cfg.data, "test")
+    backbone, tokenizer = backbone_of(cfg, device)
+    try:
+        model = load_adapter(cfg.load, backbone).cache_prompt()
+    except ValueError as error:
+        raise InputError(f"--load {error}") from None
+    facts = Path(cfg.load, "xpe.json")
+    labels = json.loads(facts.read_text())["labels"] if facts.exists() else sorted(groups.LABELS)
+    if len(labels) != model.head.out_proj.out_features:
+        raise InputError(f"--load {cfg.load}: has {model.head.out_proj.out_features} classes, but {len(labels)} labels")
+    encoding = labels, tokenizer, device, cfg.max_length
+    if lines is None:
+        test = load_split(cfg.data, targets, "test", *encoding)
+        return report(dict(config=dataclasses.asdict(cfg), accuracy=evaluate(model, test, stop)[0]))
+    texts = [line for line in lines if line.strip()]
+    if texts:
+        p = predict(model, encode(texts, labels[:1] * len(texts), [""] * len(texts), *encoding), stop).softmax(-1)
+        answers = zip(*(t.tolist() for t in p.max(-1)))
+    for line in lines:                             # an empty line gets an empty answer
+        percent, label = next(answers) if line.strip() else (None, None)
+        print(f"{labels[label]}\t{percent:.4f}\t{line}" if line.strip() else f"\t\t{line}")
+
+def read_lines(path):
+    """The lines of a UTF-8 file, or of standard input for "-".  Raises InputError that names the line."""
+    try:
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"--predict {path}: {error.strerror}") from None
+    lines = raw.removesuffix(b"\n").split(b"\n") if raw else []
+    for number, line in enumerate(lines, 1):
+        try:
+            lines[number - 1] = line.decode().removesuffix("\r")
+        except UnicodeDecodeError:
+            raise InputError(f"--predict {path}: line {number} is not UTF-8") from None
+    return lines
 
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is an InputError like any other: one line."""
 
     def error(self, message):
-        raise InputError(message)
-
+        raise InputError(f"{message}; see --help")
 
 def parse(argv):
-    """The command line as a Config; --toy changes defaults, so what is given beside it still counts."""
+    """The command line as a Config; --toy and --load change defaults, so what is given beside them still counts."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(Config):
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
         if field.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:
-            shown = "" if field.default is None else f" [{field.default}]"
+            shown = "" if field.default in (None, "") else f" [{field.default}]"
             parser.add_argument(flag, type=field.type, default=field.default, help=text + shown, metavar="X")
-    if parser.parse_args(argv).toy:
-        parser.set_defaults(**TOY)
+    first = parser.parse_args(argv)
+    base = Path(first.load, "adapter_config.json")
+    if first.load and base.is_file():
+        parser.set_defaults(backbone=json.loads(base.read_text()).get("base_model_name_or_path") or first.backbone)
+    if first.toy or parser.get_default("backbone") == "toy":
+        parser.set_defaults(toy=True, **TOY)
     return Config(**vars(parser.parse_args(argv)))
-
 
 def main(argv=None):
     """The command line; -> exit code: 0 done, 1 the run failed, 2 wrong input, 128 + signal when stopped."""
-    stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stop.append(number))
+    stop, before = [], {}
     try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, lambda number, frame: stop.append(number))
         cfg = parse(argv)
         check(cfg)
-        run(cfg, stop)
+        use_adapter(cfg, stop) if cfg.load else run(cfg, stop)
+        return 0
     except InputError as error:
-        print(f"xpe.py: {error}", file=sys.stderr)
-        return 2
+        code, message = 2, error
     except Stopped:
-        print("xpe.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 128 + stop[0]
+        code, message = 128 + stop[0], "stopped; the same command goes on from here"
     except (NonFinite, OSError) as error:
-        print(f"xpe.py: {error}", file=sys.stderr)
-        return 1
-    return 0
-
+        code, message = 1, error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    print(f"xpe.py: {message}", file=sys.stderr)
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())
