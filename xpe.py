@@ -32,8 +32,7 @@ import torch
 
 import groups
 
-# ----------------------------------------------------------------------------------------------------------
-# Configuration: every hyperparameter, its default (the paper's), its unit and its source
+# ------------------------------------------------------------------------------------------- Configuration
 
 def setting(default, text, choices=(), least=None, below=math.inf):
     """A field of Config: its text (unit, section) is what --help prints; then what is allowed."""
@@ -75,8 +74,8 @@ class Config:
     load: str = setting("", "do not train: test the adapter in this folder, or use it with --predict")
     predict: str = setting("", "with --load: label each line of this file, or of standard input for -")
 
-# ----------------------------------------------------------------------------------------------------------
-# The prompts (sections 3.1, 3.2) and the classifier around them.  Needs only `import torch`: copy it alone.
+# --------------------------------------------------------------------------------------------- The prompts
+# Sections 3.1 and 3.2, and the classifier around them.  Needs only `import torch`: copy it alone.
 
 class SoftPrompt(torch.nn.Module):
     """SPT (4.3): `length` free vectors.  forward() -> (P, H).  Init N(0, 1)."""
@@ -169,8 +168,8 @@ class PromptedClassifier(torch.nn.Module):
         self.prompt.vectors = torch.nn.Parameter(finished, requires_grad=False)
         return self
 
-# ----------------------------------------------------------------------------------------------------------
-# Optimizer and schedule (section 4.4).  Needs only `import torch`: copy it alone.
+# ---------------------------------------------------------------------------------- Optimizer and schedule
+# Section 4.4.  Needs only `import torch`: copy it alone.
 
 class Adafactor(torch.optim.Optimizer):
     """Adafactor (Shazeer and Stern, 2018) with an external learning rate and no momentum.
@@ -224,10 +223,9 @@ def cosine_with_restarts(step, warmup, total, cycles=2):
     progress = (step - warmup) / max(1, total - warmup)
     return 0.0 if progress >= 1 else 0.5 * (1 + cos(pi * (cycles * progress % 1)))
 
-# ----------------------------------------------------------------------------------------------------------
-# Backbone and data
+# --------------------------------------------------------------------------------------- Backbone and data
 
-class InputError(Exception):
+class InputError(ValueError):
     """Something the user can mend: main prints its one line and exits with code 2."""
 
 class Split(NamedTuple):
@@ -284,44 +282,36 @@ def available(data):
         raise InputError(f"--data {data}: no such folder")
     return list(groups.LANGUAGES)
 
+def read_rows(data, code, split):
+    """[(place, text, label)] from a TSV folder, the hub, or a local folder that load_dataset understands."""
+    path = Path(data, code, split + ".tsv")
+    try:
+        if is_tsv(data):
+            with open(path, newline="", encoding="utf-8") as file:   # CSV with tabs: fields may be quoted
+                reader = csv.DictReader(file, delimiter="\t")
+                return [(f"{path}:{reader.line_num}", row["text"], row["category"]) for row in reader]
+        import datasets
+        datasets.disable_progress_bars()
+        rows = datasets.load_dataset(data, code, split={"dev": "validation"}.get(split, split))
+        return [(f"{path} row {i}", row["text"], row["category"]) for i, row in enumerate(rows)]
+    except Exception as error:                     # no such file, no column `text`, offline, no such config, ...
+        raise InputError(f"cannot read {path} ({type(error).__name__}: {first_line(error)}); give a local folder "
+                         "with --data DIR, or --toy, which needs no download") from None
+
 def load_language(data, code, split, labels=None):
     """Texts and label names of one language; `split` is train, dev or test; `data` as in Config.
 
     With `labels`, every label must be one of them.  Raises InputError that names the file and line.
     """
-    if data == "toy":
-        return toy_language(code, split)
-    rows = read_tsv(Path(data, code, split + ".tsv")) if is_tsv(data) else read_dataset(data, code, split)
-    for where, text, label in rows:
+    rows = toy_rows(code, split) if data == "toy" else read_rows(data, code, split)
+    for place, text, label in rows:
         if not text or not text.strip():
-            raise InputError(f"{where}: empty text")
+            raise InputError(f"{place}: empty text")
         if not label or labels and label not in labels:
-            raise InputError(f"{where}: unknown label {label!r}; known: {', '.join(labels or groups.LABELS)}")
+            raise InputError(f"{place}: unknown label {label!r}; known: {', '.join(labels or groups.LABELS)}")
     if not rows:
         raise InputError(f"no {split} rows for {code} in {data}")
     return [text for _, text, _ in rows], [label for _, _, label in rows]
-
-def read_tsv(path):
-    """[(place, text, label)].  SIB-200's files are CSV with tabs: a plain split leaves quotes in 7,688 rows."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, delimiter="\t")
-            return [(f"{path}:{reader.line_num}", row["text"], row["category"]) for row in reader]
-    except KeyError:
-        raise InputError(f"{path}: needs the columns index_id, category, text") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-
-def read_dataset(data, code, split):
-    """[(place, text, label)] of a data set on the hub, or of a local folder that load_dataset understands."""
-    import datasets
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(data, code, split={"dev": "validation"}.get(split, split))
-        return [(f"{data} {code} {split} row {i}", r["text"], r["category"]) for i, r in enumerate(rows)]
-    except Exception as error:                     # as above: offline, no such config, no such column, ...
-        raise InputError(f"cannot load {code} of {data!r} ({first_line(error)}); give a local folder with "
-                         "--data DIR, or --toy, which needs no download") from None
 
 def known_labels(data, codes):
     """The labels of the training rows, sorted: a label's place here is its class number."""
@@ -343,8 +333,7 @@ def load_split(data, codes, split, labels, *encoding):
         texts, names, languages = texts + t, names + n, languages + [code] * len(t)
     return encode(texts, names, languages, labels, *encoding)
 
-# ----------------------------------------------------------------------------------------------------------
-# The toy: synthetic languages under real codes, and a tiny random encoder.  Its numbers mean nothing.
+# ------------------------------------------------------------------------------------------------- The toy
 
 TOY = dict(backbone="toy", data="toy", steps=300, lr=3e-3, prompt_lr=5e-2, max_length=32)
 
@@ -370,22 +359,20 @@ def toy_backbone(dropout=True):
         topics += torch.randn(7, 1, 64)            # words of one topic look alike, as after pretraining
     return backbone, tokenizer
 
-def toy_language(code, split):
-    """Texts and labels: half topic words, half filler.  A topic word turns foreign, which tells nothing, the
-    more often the worse the backbone knows the language: 5 % in seen, 65 % in unseen, 90 % in low-performing."""
+def toy_rows(code, split):
+    """[(place, text, label)]: half topic words, half filler.  Foreign words, which tell nothing, replace topic
+    words the more often the worse the backbone is to know the language: low-performing 90 %, other unseen 65 %."""
     foreign = 0.05 if code in groups.SEEN else 0.9 if code in groups.LOW_PERFORMING else 0.65
-    rng, texts, names = random.Random(f"{code} {split}"), [], []
+    rng, rows = random.Random(f"{code} {split}"), []
     for _ in range({"train": 140, "dev": 35, "test": 35}[split]):
-        topic = rng.randrange(7)
-        words = [f"filler{rng.randrange(50)}" for _ in range(rng.randint(3, 6))]
-        words += [f"foreign{rng.randrange(300)}" if rng.random() < foreign else f"topic{10 * topic + rng.randrange(10)}"
-                  for _ in range(rng.randint(3, 6))]
-        texts.append(" ".join(rng.sample(words, len(words))))
-        names.append(groups.LABELS[topic])
-    return texts, names
+        topic, words = rng.randrange(7), [f"filler{rng.randrange(50)}" for _ in range(rng.randint(3, 6))]
+        for _ in range(rng.randint(3, 6)):
+            word = f"topic{10 * topic + rng.randrange(10)}"
+            words.append(f"foreign{rng.randrange(300)}" if rng.random() < foreign else word)
+        rows.append((code, " ".join(rng.sample(words, len(words))), groups.LABELS[topic]))
+    return rows
 
-# ----------------------------------------------------------------------------------------------------------
-# Training and evaluation (section 4.4)
+# --------------------------------------------------------------------------------- Training and evaluation
 
 class Stopped(Exception):
     """SIGTERM or Ctrl-C arrived, and what was done so far is safe."""
@@ -500,7 +487,12 @@ def train(model, data, dev, cfg, folder, stop=(), state=None):
     optimizer = Adafactor(parameter_groups(model, cfg), lr=cfg.lr)
     run = dict(step=0, curve=[], losses=None, lr=0.0, best=None, waited=0, seconds=0.0)
     if state:
-        resume(model, optimizer, run, state)
+        copy_into(model, state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        torch.cuda.is_available() and torch.cuda.set_rng_state_all(state["cuda"])
+        run.update(state["run"])
+        print(f"going on from step {run['step']}")
     began = time.time() - run["seconds"]
     print("epoch    step    loss  dev loss   dev acc.  majority        lr  seconds     left")
     while not run["curve"] or (run["step"] < cfg.steps and run["waited"] < cfg.patience):
@@ -536,8 +528,8 @@ def print_row(run, cfg, guess):
     if len(set(guess.tolist())) == 1:
         print("      warning: every dev sentence is predicted as one class; more steps or other rates may help")
 
-# ----------------------------------------------------------------------------------------------------------
-# The run folder: whatever happens, a file there is whole, and an epoch is the most that can be lost
+# ------------------------------------------------------------------------------------------ The run folder
+# Whatever happens, a file there is whole, and an epoch is the most that can be lost.
 
 def write_file(path, write):
     """write(file) into `path` by way of a temporary name, so that `path` is the old file or the new one."""
@@ -565,16 +557,6 @@ def save_checkpoint(model, optimizer, run, cfg, folder):
     if run["curve"]:
         rows = [run["curve"][0].keys(), *(c.values() for c in run["curve"])]
         write_text(folder / "log.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
-
-def resume(model, optimizer, run, state):
-    """Put a checkpoint's state back where save_checkpoint took it from."""
-    copy_into(model, state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    run.update(state["run"])
-    print(f"going on from step {run['step']}")
 
 def read_checkpoint(path):
     """What save_checkpoint wrote, read without unpickling code.  Raises InputError."""
@@ -611,19 +593,19 @@ def claim_folder(cfg):
         raise InputError(f"{folder} holds a run with other settings: {', '.join(differ)}; choose another --out")
     return folder, result, state
 
-# ----------------------------------------------------------------------------------------------------------
-# Adapters: finished prompt and head as PEFT loads them.  Needs torch, json, Path and the section on prompts.
+# ------------------------------------------------------------------------------------------------ Adapters
+# Finished prompt and head as PEFT loads them.  Needs torch, json, Path, InputError and the prompts' section.
 
 HEAD = "base_model.classifier."                    # PEFT's name for the head; its two Linears follow
 
 def save_adapter(model, folder, base="", facts=None):
     """Write prompt (P, H) and head as a PEFT PROMPT_TUNING adapter for `base`; `facts` go into xpe.json.
 
-    Raises ValueError for pool "bos": PEFT's head reads position 0.
+    Raises InputError for pool "bos": PEFT's head reads position 0.
     """
     from safetensors.torch import save_file
     if model.pool == "bos":
-        raise ValueError("PEFT's head reads position 0: a model with pool 'bos' cannot be saved as an adapter")
+        raise InputError("PEFT's head reads position 0: a model with pool 'bos' cannot be saved as an adapter")
     model.eval()                                   # the prompt without dropout
     tensors = {"prompt_embeddings": model.prompt(), **{HEAD + k: v for k, v in model.head.state_dict().items()}}
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}
@@ -640,7 +622,7 @@ def save_adapter(model, folder, base="", facts=None):
 def load_adapter(folder, backbone):
     """A PromptedClassifier from save_adapter's folder, any PEFT PROMPT_TUNING one, or the authors' P_TUNING one.
 
-    The authors' layout brings pseudo prompt and encoder, the others the finished prompt.  Raises ValueError
+    The authors' layout brings pseudo prompt and encoder, the others the finished prompt.  Raises InputError
     that names a missing or surplus tensor or one of a wrong shape.  Only safetensors are read.
     """
     from safetensors.torch import load_file
@@ -649,7 +631,7 @@ def load_adapter(folder, backbone):
         tensors = load_file(Path(folder, "adapter_model.safetensors"))
         kind, P, H = config["peft_type"], config["num_virtual_tokens"], backbone.config.hidden_size
     except Exception as error:                     # no such file, not JSON, not safetensors, not PEFT's
-        raise ValueError(f"{folder}: not a readable adapter ({error})") from None
+        raise InputError(f"{folder}: not a readable adapter ({error})") from None
     shape = lambda name: [*tensors[name].shape, 0] if name in tensors else [0, 0]
     if kind == "PROMPT_TUNING":
         prompt, keys = SoftPrompt(P, H), {"vectors": "prompt_embeddings"}
@@ -659,7 +641,7 @@ def load_adapter(folder, backbone):
                               mlp_hidden=shape(parts + "xpe_head.0.weight")[0])
         keys = {"vectors": parts + "embedding.weight", "pseudo_prompt": parts + "xpe_embedding.weight"}
     else:
-        raise ValueError(f"{folder}: peft_type {kind} is neither PROMPT_TUNING nor P_TUNING")
+        raise InputError(f"{folder}: peft_type {kind} is neither PROMPT_TUNING nor P_TUNING")
     model = PromptedClassifier(backbone, prompt, shape(HEAD + "out_proj.weight")[0]).to(backbone.device)
     wanted = {HEAD + name: p for name, p in model.head.named_parameters()}
     for name, p in prompt.named_parameters():
@@ -670,13 +652,12 @@ def load_adapter(folder, backbone):
     wrong += [f"{name} is {tuple(tensors[name].shape)}, should be {tuple(p.shape)}" for name, p in wanted.items()
               if name in tensors and tensors[name].shape != p.shape]
     if wrong:
-        raise ValueError(f"{folder}: {', '.join(wrong)}")
+        raise InputError(f"{folder}: {', '.join(wrong)}")
     for name, p in wanted.items():
         p.data.copy_(tensors[name])
     return model
 
-# ----------------------------------------------------------------------------------------------------------
-# Command line
+# -------------------------------------------------------------------------------------------- Command line
 
 def closest(word, names):
     """The end of an error line: the known names that look like `word`."""
@@ -725,8 +706,9 @@ def pick_languages(text, data, split):
 
 def backbone_of(cfg, device):
     """The backbone and tokenizer of a config.  Raises InputError where prompt and text have too few positions."""
-    dtype = torch.bfloat16 if cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type == "cuda" else torch.float32
-    backbone, tokenizer = load_backbone(cfg.backbone, device, dtype, cfg.backbone_dropout == "on")
+    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type == "cuda"
+    backbone, tokenizer = load_backbone(cfg.backbone, device, torch.bfloat16 if bf16 else torch.float32,
+                                        cfg.backbone_dropout == "on")
     room = backbone.config.max_position_embeddings - backbone.config.pad_token_id - 1        # XLM-R starts there
     if cfg.prompt_length + cfg.max_length > room:
         raise InputError(f"--prompt-length {cfg.prompt_length} and --max-length {cfg.max_length} together exceed "
@@ -735,13 +717,13 @@ def backbone_of(cfg, device):
 
 def start_from(model, folder):
     """Copy prompt and head of another run, or of an adapter in any of the three layouts, into `model`."""
+    path = Path(folder, "checkpoint.pt")
+    tensors = read_checkpoint(path)["run"]["best"] if path.exists() else trainable(load_adapter(folder, model.backbone))
     try:
-        if Path(folder, "checkpoint.pt").exists():
-            return copy_into(model, read_checkpoint(Path(folder, "checkpoint.pt"))["run"]["best"])
-        copy_into(model, trainable(load_adapter(folder, model.backbone)))
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise InputError(f"--init-from {folder}: does not fit this model ({first_line(error)}); a finished prompt has "
-                         "lost its encoder and goes on with --method spt only") from None
+        copy_into(model, tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"--init-from {folder}: does not fit this model ({first_line(error)}); a finished prompt "
+                         "has lost its encoder and goes on with --method spt only") from None
 
 def run(cfg, stop=()):
     """One run, from the config to result.json; a finished run is only reported."""
@@ -750,7 +732,8 @@ def run(cfg, stop=()):
     if result:
         print(f"{folder} is finished: reported, not repeated")
         return report(result)
-    sources, targets = (pick_languages(*p) for p in ((cfg.source, cfg.data, "train"), (cfg.languages, cfg.data, "test")))
+    sources = pick_languages(cfg.source, cfg.data, "train")
+    targets = pick_languages(cfg.languages, cfg.data, "test")
     labels = known_labels(cfg.data, sources)
     torch.manual_seed(cfg.seed)                    # before anything is built
     backbone, tokenizer = backbone_of(cfg, device)
@@ -762,18 +745,15 @@ def run(cfg, stop=()):
     data, dev, test = (load_split(cfg.data, codes, split, labels, tokenizer, device, cfg.max_length)
                        for codes, split in ((sources, "train"), (sources, "dev"), (targets, "test")))
     n, whole = (sum(p.numel() for p in ps) for ps in (trainable(model).values(), model.parameters()))
-    print(f"{folder}: {n:,} of {whole:,} parameters train ({100 * n / whole:.2f} %) on {len(data.lengths):,} sentences "
-          f"in {len(sources)} languages, {len(labels)} labels; {cfg.backbone}, {backbone.dtype}, {device}")
-    try:
-        record = train(model, data, dev, cfg, folder, stop, state)
-    except (KeyError, RuntimeError) as error:      # only where a checkpoint of a changed program was read
-        raise InputError(f"{folder}/checkpoint.pt does not fit ({first_line(error)})") if state else error
-    accuracy, _, _ = evaluate(model.cache_prompt(), test, stop)
+    print(f"{folder}: {n:,} of {whole:,} parameters train ({100 * n / whole:.2f} %) on {len(data.lengths):,} "
+          f"sentences, {len(sources)} languages, {len(labels)} labels; {cfg.backbone}, {backbone.dtype}, {device}")
+    record = train(model, data, dev, cfg, folder, stop, state)
+    accuracy = evaluate(model.cache_prompt(), test, stop)[0]
     result = dict(config=dataclasses.asdict(cfg), versions=dict(python=sys.version.split()[0], torch=torch.__version__),
                   seconds=record["seconds"], trainable_parameters=n,
                   dev_accuracy=max(c["dev_accuracy"] for c in record["curve"]), accuracy=accuracy,
                   groups=groups.group_means(accuracy), dev_curve=record["curve"])
-    if cfg.pool == "first":                        # what else is read, PEFT's layout cannot say
+    if cfg.pool == "first":                        # another position, PEFT's layout cannot say
         facts = {key: result[key] for key in ("config", "dev_accuracy", "groups")}
         save_adapter(model, folder / "adapter", cfg.backbone, dict(labels=labels, languages=sources, **facts))
     write_text(folder / "result.json", json.dumps(result, indent=1))
@@ -796,72 +776,62 @@ def use_adapter(cfg, stop=()):
     """--load: accuracy of an adapter per language; with --predict, a label for each line of a text file."""
     device = pick_device(cfg.device)
     lines = read_lines(cfg.predict) if cfg.predict else None
-    targets = None if lines is not None else pick_languages(cfg.languages, cfg.data, "test")
+    targets = pick_languages(cfg.languages, cfg.data, "test") if lines is None else []
     backbone, tokenizer = backbone_of(cfg, device)
-    try:
-        model = load_adapter(cfg.load, backbone).cache_prompt()
-    except ValueError as error:
-        raise InputError(f"--load {error}") from None
-    facts = Path(cfg.load, "xpe.json")
-    labels = json.loads(facts.read_text())["labels"] if facts.exists() else sorted(groups.LABELS)
+    model, facts = load_adapter(cfg.load, backbone).cache_prompt(), Path(cfg.load, "xpe.json")
+    labels = json.loads(facts.read_text())["labels"] if facts.exists() else list(groups.LABELS)
     if len(labels) != model.head.out_proj.out_features:
-        raise InputError(f"--load {cfg.load}: has {model.head.out_proj.out_features} classes, but {len(labels)} labels")
+        raise InputError(f"--load {cfg.load}: {model.head.out_proj.out_features} classes, but {len(labels)} labels")
     encoding = labels, tokenizer, device, cfg.max_length
     if lines is None:
-        test = load_split(cfg.data, targets, "test", *encoding)
-        return report(dict(config=dataclasses.asdict(cfg), accuracy=evaluate(model, test, stop)[0]))
+        accuracy = evaluate(model, load_split(cfg.data, targets, "test", *encoding), stop)[0]
+        return report(dict(config=dataclasses.asdict(cfg), accuracy=accuracy))
     texts = [line for line in lines if line.strip()]
     if texts:
-        p = predict(model, encode(texts, labels[:1] * len(texts), [""] * len(texts), *encoding), stop).softmax(-1)
-        answers = zip(*(t.tolist() for t in p.max(-1)))
+        split = encode(texts, labels[:1] * len(texts), [""] * len(texts), *encoding)
+        answers = zip(*(t.tolist() for t in predict(model, split, stop).softmax(-1).max(-1)))
     for line in lines:                             # an empty line gets an empty answer
-        percent, label = next(answers) if line.strip() else (None, None)
-        print(f"{labels[label]}\t{percent:.4f}\t{line}" if line.strip() else f"\t\t{line}")
+        share, label = next(answers) if line.strip() else (None, None)
+        print("\t\t" + line if label is None else f"{labels[label]}\t{share:.4f}\t{line}")
 
 def read_lines(path):
     """The lines of a UTF-8 file, or of standard input for "-".  Raises InputError that names the line."""
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"--predict {path}: {error.strerror}") from None
-    lines = raw.removesuffix(b"\n").split(b"\n") if raw else []
-    for number, line in enumerate(lines, 1):
-        try:
-            lines[number - 1] = line.decode().removesuffix("\r")
-        except UnicodeDecodeError:
-            raise InputError(f"--predict {path}: line {number} is not UTF-8") from None
-    return lines
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is an InputError like any other: one line."""
-
-    def error(self, message):
-        raise InputError(f"{message}; see --help")
+        number, lines = 0, raw.removesuffix(b"\n").split(b"\n") if raw else []
+        for number, line in enumerate(lines):
+            lines[number] = line.decode().removesuffix("\r")
+        return lines
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--predict {path}: {getattr(error, 'strerror', None) or f'line {number + 1} is not UTF-8'}"
+                         ) from None
 
 def parse(argv):
-    """The command line as a Config; --toy and --load change defaults, so what is given beside them still counts."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """The command line as a Config; --toy and --load change defaults: what is given beside them still counts."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
-        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(flag, action="store_true", help=text)
-        else:
-            shown = "" if field.default in (None, "") else f" [{field.default}]"
-            parser.add_argument(flag, type=field.type, default=field.default, help=text + shown, metavar="X")
+        kind = dict(action="store_true") if field.type is bool else dict(
+            type=field.type, default=field.default, metavar=field.type.__name__.upper())
+        shown = "" if field.default in (None, "", False) else f" [{field.default}]"
+        parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"] + shown, **kind)
+
+    def error(message):                            # argparse's own prints the usage too
+        raise InputError(f"{message}; see --help")
+    parser.error = error
     first = parser.parse_args(argv)
-    base = Path(first.load, "adapter_config.json")
-    if first.load and base.is_file():
-        parser.set_defaults(backbone=json.loads(base.read_text()).get("base_model_name_or_path") or first.backbone)
+    adapter = Path(first.load, "adapter_config.json")
+    if first.load and adapter.is_file():
+        parser.set_defaults(backbone=json.loads(adapter.read_text()).get("base_model_name_or_path") or first.backbone)
     if first.toy or parser.get_default("backbone") == "toy":
         parser.set_defaults(toy=True, **TOY)
     return Config(**vars(parser.parse_args(argv)))
 
 def main(argv=None):
     """The command line; -> exit code: 0 done, 1 the run failed, 2 wrong input, 128 + signal when stopped."""
-    stop, before = [], {}
+    stop = []
+    before = {n: signal.signal(n, lambda n, frame: stop.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, lambda number, frame: stop.append(number))
         cfg = parse(argv)
         check(cfg)
         use_adapter(cfg, stop) if cfg.load else run(cfg, stop)
