@@ -9,8 +9,8 @@ XLM-R, which then classifies topics (SIB-200) in languages that it was never tra
     python xpe.py --backbone DIR --data DIR --steps 462 --lr 5e-4 --prompt-lr 5e-2        # a local encoder
 
 Left out on purpose: other tasks than classification, several GPUs, prompts in deeper layers.
-Letters used throughout: B batch, T text length, P prompt length (the paper's n), H hidden size (d), C classes.
-Places where the paper is silent or differs are tagged `PAPER section:` or `AUTHORS:` (their released program).
+Letters: B batch, T text length, P prompt length (the paper's n), H hidden size (d), C classes.
+Where the paper is silent or differs stands `PAPER section:` or `AUTHORS:` (their released program).
 """
 import argparse
 import csv
@@ -34,40 +34,39 @@ import groups
 
 # ------------------------------------------------------------------------------------------- Configuration
 
-def setting(default, text, choices=(), least=None, below=math.inf):
-    """A field of Config: its text (unit, section) is what --help prints; then what is allowed."""
-    return dataclasses.field(default=default, metadata=dict(help=text, choices=choices, least=least, below=below))
+def setting(default, text, choices=()):
+    """A field of Config: its text (unit, section) is what --help prints."""
+    return dataclasses.field(default=default, metadata=dict(help=text, choices=choices))
 
 @dataclasses.dataclass
 class Config:
     """Everything that defines a run.  The command line is made from it: `prompt_lr` is `--prompt-lr`."""
-    method: str = setting("dual", "spt, xpe or dual: a free soft prompt, an encoded one, or both (3)",
-                          ("spt", "xpe", "dual"))
+    method: str = setting("dual", "free prompt, encoded one, or both: spt, xpe, dual (3)", ("spt", "xpe", "dual"))
     xpe_ratio: float = setting(None, "share of the prompt that is encoded, in (0, 1), dual only [0.7] (4.3)")
-    source: str = setting("joshi5", "languages to train on: enarzho, joshi5, seen, or codes with commas (4.2)")
-    languages: str = setting("all", "languages to test on: all, or codes with commas")
+    source: str = setting("joshi5", "train on enarzho, joshi5, seen, or codes with commas (4.2)")
+    languages: str = setting("all", "test on all, or codes with commas")
     backbone: str = setting("FacebookAI/xlm-roberta-large", "encoder: hub name or local folder (4.1)")
     data: str = setting("Davlan/sib200", "hub name, or folder with <code>/{train,dev,test}.tsv (4.1)")
     out: str = setting("runs", "folder that holds one folder per run")
-    seed: int = setting(0, "random seed; the paper averages 10 (4.3)", least=0)
-    steps: int = setting(24_000, "optimization steps (4.4)", least=0)
-    batch_size: int = setting(32, "sentences a step (4.4)", least=1)
-    lr: float = setting(5e-5, "peak learning rate of prompt encoder and head (4.4)", least=0)
-    prompt_lr: float = setting(5e-3, "peak learning rate of the standard soft prompt (4.4)", least=0)
-    weight_decay: float = setting(None, "decay of encoder and head [0.1; 0.01 if released] (4.4)", least=0)
-    warmup: float = setting(0.1, "share of the steps with linear warm-up (authors' program)", least=0, below=1)
-    cycles: int = setting(2, "cosine cycles, each from the peak to zero (4.4)", least=1)
-    patience: int = setting(20, "epochs without a better dev loss, from half-time on, that end it (4.4)", least=1)
-    clip: float = setting(1.0, "largest global norm of the gradient (authors' program)", least=0)
-    prompt_length: int = setting(20, "virtual tokens P (4.4)", least=1)
-    mlp_hidden: int = setting(256, "width of the prompt encoder (authors' program)", least=1)
-    dropout: float = setting(0.1, "dropout in the prompt encoder (authors' program)", least=0, below=1)
-    head_dropout: float = setting(0.1, "dropout in the classification head", least=0, below=1)
-    backbone_dropout: str = setting("on", "on or off: the frozen backbone's dropout in training", ("on", "off"))
+    seed: int = setting(0, "random seed; the paper averages 10 (4.3)")
+    steps: int = setting(24_000, "optimization steps (4.4)")
+    batch_size: int = setting(32, "sentences a step (4.4)")
+    lr: float = setting(5e-5, "peak learning rate of prompt encoder and head (4.4)")
+    prompt_lr: float = setting(5e-3, "peak learning rate of the standard soft prompt (4.4)")
+    weight_decay: float = setting(None, "decay of encoder and head [0.1; 0.01 if released] (4.4)")
+    warmup: float = setting(0.1, "share of the steps with linear warm-up (authors' program)")
+    cycles: int = setting(2, "cosine cycles, each from the peak to zero (4.4)")
+    patience: int = setting(20, "epochs without a better dev loss, from half-time on, that end it (4.4)")
+    clip: float = setting(1.0, "largest global norm of the gradient (authors' program)")
+    prompt_length: int = setting(20, "virtual tokens P (4.4)")
+    mlp_hidden: int = setting(256, "width of the prompt encoder (authors' program)")
+    dropout: float = setting(0.1, "dropout in the prompt encoder (authors' program)")
+    head_dropout: float = setting(0.1, "dropout in the classification head")
+    backbone_dropout: str = setting("on", "the frozen backbone's dropout: on or off", ("on", "off"))
     pool: str = setting("first", "what the head reads: first (virtual token) or bos (<s>)", ("first", "bos"))
-    recipe: str = setting("paper", "paper or released, where the authors' program differs", ("paper", "released"))
-    max_length: int = setting(164, "longest text in tokens (authors' program)", least=3)
-    dtype: str = setting("auto", "backbone weights: fp32, bf16; auto is bf16 on a GPU", ("auto", "fp32", "bf16"))
+    recipe: str = setting("paper", "how to train: as in the paper, or as released", ("paper", "released"))
+    max_length: int = setting(164, "longest text in tokens (authors' program)")
+    dtype: str = setting("auto", "frozen weights: fp32, bf16; auto: bf16 on a GPU", ("auto", "fp32", "bf16"))
     device: str = setting("auto", "cpu, cuda, cuda:1, ..., or auto: cuda where there is one")
     toy: bool = setting(False, "synthetic languages and a tiny random encoder: no network, half a minute")
     init_from: str = setting("", "start from this run's folder, or from an adapter's (with --method spt)")
@@ -79,17 +78,14 @@ class Config:
 
 class SoftPrompt(torch.nn.Module):
     """SPT (4.3): `length` free vectors.  forward() -> (P, H).  Init N(0, 1)."""
-
     def __init__(self, length, hidden):
         super().__init__()
         self.vectors = torch.nn.Parameter(torch.randn(length, hidden))
-
     def forward(self):
         return self.vectors                                          # (P, H)
 
 class CrossPromptEncoder(torch.nn.Module):
     """XPE (3.1): F_theta(pseudo prompt), one small MLP applied to each vector alone.  forward() -> (P, H)."""
-
     def __init__(self, length, hidden, mlp_hidden=256, dropout=0.1):
         super().__init__()
         nn = torch.nn
@@ -98,17 +94,14 @@ class CrossPromptEncoder(torch.nn.Module):
             nn.Linear(hidden, mlp_hidden), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(mlp_hidden, mlp_hidden), nn.ReLU(), nn.Dropout(dropout),
             nn.Linear(mlp_hidden, hidden))
-
     def forward(self):
         return self.mlp(self.pseudo_prompt)                          # (P, H) -> (P, H)
 
 class DualPrompt(torch.nn.Module):
     """DUAL (3.2): the standard part first, the encoded part second.  forward() -> (P, H)."""
-
     def __init__(self, standard, encoded):
         super().__init__()
         self.standard, self.encoded = standard, encoded
-
     def forward(self):
         return torch.cat([self.standard(), self.encoded()])          # (P_spt, H) + (P_xpe, H) -> (P, H)
 
@@ -122,12 +115,13 @@ def build_prompt(method, length, hidden, ratio=0.7, **encoder):
         if length < 2:
             raise ValueError("a dual prompt needs a length of at least 2: one standard, one encoded vector")
         n = min(max(n, 1), length - 1)
-    parts = [SoftPrompt(length - n, hidden)] * (n < length) + [CrossPromptEncoder(n, hidden, **encoder)] * (n > 0)
-    return DualPrompt(*parts) if len(parts) == 2 else parts[0]
+    if n == 0:
+        return SoftPrompt(length, hidden)
+    encoded = CrossPromptEncoder(n, hidden, **encoder)
+    return encoded if n == length else DualPrompt(SoftPrompt(length - n, hidden), encoded)
 
 class ClassificationHead(torch.nn.Module):
-    """XLM-R's head: (B, H) -> dropout, Linear, tanh, dropout, Linear -> (B, C).  Init N(0, 0.02), as there."""
-
+    """XLM-R's head: (B, H) -> dropout, Linear, tanh, dropout, Linear -> (B, C).  Init N(0, 0.02)."""
     def __init__(self, hidden, num_labels, dropout=0.1):
         super().__init__()
         self.dense, self.out_proj = torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, num_labels)
@@ -135,7 +129,6 @@ class ClassificationHead(torch.nn.Module):
         for linear in (self.dense, self.out_proj):
             torch.nn.init.normal_(linear.weight, std=0.02)
             torch.nn.init.zeros_(linear.bias)
-
     def forward(self, x):
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
 
@@ -174,10 +167,10 @@ class PromptedClassifier(torch.nn.Module):
 class Adafactor(torch.optim.Optimizer):
     """Adafactor (Shazeer and Stern, 2018) with an external learning rate and no momentum.
 
-    For a gradient G (R, C) only the row and column means of the running average of G^2 are kept, R + C numbers:
-    V ~ row col^T / mean(row), averaged with beta2 = 1 - t^decay_rate.  Smaller tensors keep V whole.
-    The update G / sqrt(V) is divided by max(1, RMS / clip_threshold); weight decay is decoupled.  Equal to
-    transformers' Adafactor with scale_parameter, relative_step and warmup_init off.
+    Of the running average V of the squared gradient (R, C) only row and column means are kept, R + C numbers:
+    V ~ row col^T / mean(row).  Smaller tensors keep V whole.  The update G / sqrt(V) is divided by
+    max(1, RMS / clip_threshold); weight decay is decoupled.  Equal to transformers' Adafactor with
+    scale_parameter, relative_step and warmup_init off, as in the authors' program.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, clip_threshold=1.0, decay_rate=-0.8, eps=1e-30):
@@ -186,37 +179,32 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """One update of every parameter that has a gradient; -> the closure's loss, if there is one."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    update = self.update(p, group)
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+            for p in (p for p in group["params"] if p.grad is not None):
+                update = self.update(p.grad, self.state[p], group)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
         return loss
 
-    def update(self, p, group):
-        """The clipped, normalised gradient of one parameter; advances its running averages."""
-        g, s = p.grad, self.state[p]
-        s["step"] = t = s.get("step", 0) + 1
-        beta2 = 1 - t ** group["decay_rate"]                         # 0 at t = 1: the first step needs no history
+    def update(self, g, state, group):
+        """A gradient, normalised and clipped; advances its running averages."""
+        state["step"] = t = state.get("step", 0) + 1
+        beta2 = 1 - t ** group["decay_rate"]                         # 0 at t = 1: no history yet
         square = g * g + group["eps"]
+        means = {"v": square} if g.dim() < 2 else {"row": square.mean(-1), "col": square.mean(-2)}   # (R), (C)
+        for name, new in means.items():
+            state[name] = torch.lerp(new, state.get(name, new), beta2)
         if g.dim() < 2:
-            v = s["v"] = torch.lerp(square, s.get("v", square), beta2)
-            u = g * v.rsqrt()
+            u = g * state["v"].rsqrt()
         else:
-            row, col = square.mean(-1), square.mean(-2)                                      # (R), (C)
-            row = s["row"] = torch.lerp(row, s.get("row", row), beta2)
-            col = s["col"] = torch.lerp(col, s.get("col", col), beta2)
-            r = (row / row.mean(-1, keepdim=True)).rsqrt()
-            u = g * r.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)                              # (R, C)
+            row = state["row"] / state["row"].mean(-1, keepdim=True)
+            u = g * row.rsqrt().unsqueeze(-1) * state["col"].rsqrt().unsqueeze(-2)           # (R, C)
         rms = u.square().mean().sqrt()
         return u / (rms / group["clip_threshold"]).clamp(min=1.0)    # no .item(): a GPU would wait for it
 
 def cosine_with_restarts(step, warmup, total, cycles=2):
-    """Factor in [0, 1] on the learning rate at `step` (0-based): linear warm-up, then `cycles` cosines to 0."""
+    """Factor in [0, 1] on the learning rate at `step`, from 0: linear warm-up, then `cycles` cosines to 0."""
     from math import cos, pi
     if step < warmup:
         return step / max(1, warmup)
@@ -233,7 +221,7 @@ class Split(NamedTuple):
     ids: torch.Tensor             # (N, L) token ids, right-padded
     mask: torch.Tensor            # (N, L) 1 on tokens, 0 on padding
     labels: torch.Tensor          # (N,)
-    lengths: np.ndarray           # (N,) tokens, on the host: a batch's width is known without asking the device
+    lengths: np.ndarray           # (N,) tokens, on the host: no batch's width is asked of the device
     languages: np.ndarray         # (N,) codes
 
     def batch(self, rows):
@@ -262,7 +250,7 @@ def load_backbone(name, device="cpu", dtype=torch.float32, dropout=True):
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
         backbone = AutoModel.from_pretrained(name, dtype=dtype, attn_implementation=attention,
                                              add_pooling_layer=False, **off)
-    except Exception as error:                     # the libraries raise many kinds; all mean the same to a user
+    except Exception as error:                     # of many kinds, which mean the same to a user
         raise InputError(f"cannot load the backbone {name!r} ({first_line(error)}); give a local folder with "
                          "--backbone DIR, or --toy, which needs no download") from None
     return backbone.to(device).requires_grad_(False), tokenizer
@@ -270,17 +258,6 @@ def load_backbone(name, device="cpu", dtype=torch.float32, dropout=True):
 def is_tsv(data):
     """Whether `data` is a folder in SIB-200's own layout, <code>/{train,dev,test}.tsv."""
     return any(Path(data).glob("*/*.tsv"))
-
-def available(data):
-    """The language codes that `data` has: a folder's own, or SIB-200's."""
-    if is_tsv(data):
-        return sorted({path.parent.name for path in Path(data).glob("*/*.tsv")})
-    if Path(data).is_dir():
-        from datasets import get_dataset_config_names
-        return sorted(get_dataset_config_names(data))
-    if data.startswith((".", "/", "~")):
-        raise InputError(f"--data {data}: no such folder")
-    return list(groups.LANGUAGES)
 
 def read_rows(data, code, split):
     """[(place, text, label)] from a TSV folder, the hub, or a local folder that load_dataset understands."""
@@ -294,9 +271,9 @@ def read_rows(data, code, split):
         datasets.disable_progress_bars()
         rows = datasets.load_dataset(data, code, split={"dev": "validation"}.get(split, split))
         return [(f"{path} row {i}", row["text"], row["category"]) for i, row in enumerate(rows)]
-    except Exception as error:                     # no such file, no column `text`, offline, no such config, ...
-        raise InputError(f"cannot read {path} ({type(error).__name__}: {first_line(error)}); give a local folder "
-                         "with --data DIR, or --toy, which needs no download") from None
+    except Exception as error:                     # no file, no column `text`, offline, no such config ...
+        raise InputError(f"cannot read {path} ({type(error).__name__}: {first_line(error)}); give a local "
+                         "folder with --data DIR, or --toy, which needs no download") from None
 
 def load_language(data, code, split, labels=None):
     """Texts and label names of one language; `split` is train, dev or test; `data` as in Config.
@@ -345,23 +322,24 @@ def toy_backbone(dropout=True):
              *(f"filler{i}" for i in range(50)), *(f"foreign{i}" for i in range(300))]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    core.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
-                                        unk_token="<unk>", pad_token="<pad>", cls_token="<s>", sep_token="</s>")
+                                        unk_token="<unk>", pad_token="<pad>")
     rate = 0.1 if dropout else 0.0
-    config = XLMRobertaConfig(vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                              intermediate_size=128, max_position_embeddings=130, type_vocab_size=1,
-                              initializer_range=0.1, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
+    config = XLMRobertaConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=130, type_vocab_size=1, initializer_range=0.1,
+        hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
     with torch.random.fork_rng(devices=[]):        # the same encoder whatever the seed, like a pretrained one
         torch.manual_seed(0)
         backbone = XLMRobertaModel(config, add_pooling_layer=False)
-        topics = backbone.get_input_embeddings().weight.data[4:74].view(7, 10, 64)           # a view: 10 words each
+        topics = backbone.get_input_embeddings().weight.data[4:74].view(7, 10, 64)     # a view
         topics += torch.randn(7, 1, 64)            # words of one topic look alike, as after pretraining
     return backbone, tokenizer
 
 def toy_rows(code, split):
-    """[(place, text, label)]: half topic words, half filler.  Foreign words, which tell nothing, replace topic
-    words the more often the worse the backbone is to know the language: low-performing 90 %, other unseen 65 %."""
+    """[(place, text, label)]: half topic words, half filler.  A topic word turns foreign, which tells nothing,
+    in 5 % of the cases in seen languages, in 90 % in low-performing ones and in 65 % in the other unseen ones."""
     foreign = 0.05 if code in groups.SEEN else 0.9 if code in groups.LOW_PERFORMING else 0.65
     rng, rows = random.Random(f"{code} {split}"), []
     for _ in range({"train": 140, "dev": 35, "test": 35}[split]):
@@ -376,12 +354,11 @@ def toy_rows(code, split):
 
 class Stopped(Exception):
     """SIGTERM or Ctrl-C arrived, and what was done so far is safe."""
-
 class NonFinite(Exception):
     """The loss became infinite or NaN; the last checkpoint is untouched."""
 
 def predict(model, split, stop=(), tokens=8192):
-    """Logits (N, C) of every sentence, in order: one pass sorted by length, about `tokens` positions a batch."""
+    """Logits (N, C) of every sentence, in order: one pass by length, about `tokens` positions a batch."""
     from tqdm import tqdm
     model.eval()
     order, at, parts, P = np.argsort(-split.lengths, kind="stable"), 0, [], len(model.prompt())
@@ -411,7 +388,7 @@ def epoch_batches(lengths, size, seed, epoch):
     """
     rng = np.random.default_rng((seed, epoch))
     order, batches = rng.permutation(len(lengths)), []
-    pool = size * min(50, max(1, len(order) // (4 * size)))          # lengths are sorted within pools of batches
+    pool = size * min(50, max(1, len(order) // (4 * size)))          # pools of batches, sorted within
     for at in range(0, len(order), pool):
         rows = order[at:at + pool]
         rows = rows[np.argsort(-lengths[rows], kind="stable")]
@@ -440,7 +417,7 @@ def trainable(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 def copy_into(model, tensors):
-    """Write {name: tensor} into a model's trainable parameters.  Raises KeyError or RuntimeError on a misfit."""
+    """Write {name: tensor} into a model's trainable parameters; KeyError or RuntimeError on a misfit."""
     for name, p in trainable(model).items():
         p.copy_(tensors[name])
 
@@ -468,14 +445,14 @@ def train_epoch(model, data, optimizer, cfg, run, stop):
         optimizer.zero_grad()
         losses[step - first] = loss.detach()
         run["step"], run["lr"] = step + 1, cfg.lr * factor
-        if not bar.disable and step % 20 == 0:                       # on a terminal only: reading makes a GPU wait
+        if not bar.disable and step % 20 == 0:                       # on a terminal only: a GPU waits
             dev = f"{run['curve'][-1]['dev_accuracy']:.1f}%" if run["curve"] else "-"
             bar.set_postfix_str(f"loss {loss.item():.3f}, lr {run['lr']:.1e}, dev {dev}", refresh=False)
     losses = losses[:run["step"] - first].tolist()                   # here the host waits, once an epoch
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
-            raise NonFinite(f"step {first + i + 1}: the loss is {loss}; the batch's languages are "
-                            f"{', '.join(sorted(set(data.languages[batches[i]])))}; the last checkpoint is kept")
+            names = ", ".join(sorted(set(data.languages[batches[i]])))
+            raise NonFinite(f"step {first + i + 1}: the loss is {loss}, on {names}; the last checkpoint is kept")
     return sum(losses) / max(1, len(losses))
 
 def train(model, data, dev, cfg, folder, stop=(), state=None):
@@ -499,13 +476,12 @@ def train(model, data, dev, cfg, folder, stop=(), state=None):
         try:
             loss = train_epoch(model, data, optimizer, cfg, run, stop)
             _, dev_loss, guess = evaluate(model, dev, stop)
-            record(run, model, cfg, loss, dev_loss, guess, dev.labels.cpu().numpy())
         except Stopped:
             save_checkpoint(model, optimizer, run, cfg, folder)
             raise
         run["seconds"] = time.time() - began
+        record(run, model, cfg, loss, dev_loss, guess, dev.labels.cpu().numpy())
         save_checkpoint(model, optimizer, run, cfg, folder)
-        print_row(run, cfg, guess)
     copy_into(model, run["best"])
     return run
 
@@ -514,19 +490,15 @@ def record(run, model, cfg, loss, dev_loss, guess, labels):
     curve, accuracy = run["curve"], float(100 * np.mean(guess == labels))
     if not curve or accuracy > max(c["dev_accuracy"] for c in curve):
         run["best"] = {name: t.clone() for name, t in trainable(model).items()}
-    if 2 * run["step"] >= cfg.steps:               # PAPER 4.4: after the first cycle; AUTHORS: from half-time on
+    if 2 * run["step"] >= cfg.steps:               # PAPER 4.4: after cycle 1; AUTHORS: from half-time on
         run["waited"] = 0 if not curve or dev_loss < min(c["dev_loss"] for c in curve) else run["waited"] + 1
     curve.append(dict(epoch=len(curve) + 1, step=run["step"], loss=loss, dev_loss=dev_loss, dev_accuracy=accuracy,
                       majority=float(100 * np.bincount(labels).max() / len(labels)), lr=run["lr"]))
-    run["losses"] = None
-
-def print_row(run, cfg, guess):
-    """One row of the log, and a warning where every dev sentence got the same class."""
-    left = run["seconds"] * (cfg.steps / max(1, run["step"]) - 1)
-    print("{epoch:5d} {step:7d} {loss:7.3f} {dev_loss:9.3f} {dev_accuracy:9.1f}% {majority:8.1f}% {lr:9.1e}".format(
-        **run["curve"][-1]), f"{run['seconds']:8.0f} {left:8.0f}", flush=True)
+    left, run["losses"] = run["seconds"] * (cfg.steps / max(1, run["step"]) - 1), None
+    row = "{epoch:5d} {step:7d} {loss:7.3f} {dev_loss:9.3f} {dev_accuracy:9.1f}% {majority:8.1f}% {lr:9.1e}"
+    print(row.format(**curve[-1]), f"{run['seconds']:8.0f} {left:8.0f}", flush=True)
     if len(set(guess.tolist())) == 1:
-        print("      warning: every dev sentence is predicted as one class; more steps or other rates may help")
+        print("      warning: every dev sentence is predicted as one class; try more steps or other rates")
 
 # ------------------------------------------------------------------------------------------ The run folder
 # Whatever happens, a file there is whole, and an epoch is the most that can be lost.
@@ -550,9 +522,9 @@ def write_text(path, text):
 
 def save_checkpoint(model, optimizer, run, cfg, folder):
     """Everything needed to go on, and log.csv."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state = dict(config=dataclasses.asdict(cfg), run=run, model=trainable(model), optimizer=optimizer.state_dict(),
-                 rng=torch.get_rng_state(), cuda=cuda)
+    state = dict(config=dataclasses.asdict(cfg), run=run, model=trainable(model), rng=torch.get_rng_state(),
+                 optimizer=optimizer.state_dict(),
+                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     write_file(folder / "checkpoint.pt", lambda file: torch.save(state, file))
     if run["curve"]:
         rows = [run["curve"][0].keys(), *(c.values() for c in run["curve"])]
@@ -573,11 +545,12 @@ def claim_folder(cfg):
     Raises InputError where the folder holds a run with other settings, or cannot be written to.
     """
     share = round(100 * cfg.xpe_ratio) if cfg.method == "dual" else ""
-    folder = Path(cfg.out, f"{'toy-' * cfg.toy}{cfg.method}{share}-{cfg.source.replace(',', '+')[:100]}-s{cfg.seed}")
+    source = cfg.source.replace(",", "+")[:100]
+    folder = Path(cfg.out, f"{'toy-' * cfg.toy}{cfg.method}{share}-{source}-s{cfg.seed}")
     result = state = None
     try:
         above = next(path for path in (folder, *folder.parents) if path.exists())
-        tempfile.TemporaryFile(dir=above).close()                    # can be written to?  Leaves nothing behind.
+        tempfile.TemporaryFile(dir=above).close()                    # writable?  Leaves nothing
         if (folder / "result.json").exists():
             result = json.loads((folder / "result.json").read_text())
         elif (folder / "checkpoint.pt").exists():
@@ -586,11 +559,11 @@ def claim_folder(cfg):
     except OSError as error:
         raise InputError(f"{folder}: cannot be used ({error.strerror}); choose another --out") from None
     except (ValueError, AttributeError):
-        raise InputError(f"{folder}/result.json: not a result of this program; choose another --out") from None
+        raise InputError(f"{folder}/result.json: not of this program; choose another --out") from None
     differ = [f"{key} ({theirs[key]} there, {mine} here)" for key, mine in dataclasses.asdict(cfg).items()
               if key != "out" and theirs.get(key, mine) != mine]
     if differ:
-        raise InputError(f"{folder} holds a run with other settings: {', '.join(differ)}; choose another --out")
+        raise InputError(f"{folder} was made with other settings: {', '.join(differ)}; choose another --out")
     return folder, result, state
 
 # ------------------------------------------------------------------------------------------------ Adapters
@@ -605,13 +578,13 @@ def save_adapter(model, folder, base="", facts=None):
     """
     from safetensors.torch import save_file
     if model.pool == "bos":
-        raise InputError("PEFT's head reads position 0: a model with pool 'bos' cannot be saved as an adapter")
+        raise InputError("PEFT's head reads position 0: pool 'bos' cannot be saved as an adapter")
     model.eval()                                   # the prompt without dropout
-    tensors = {"prompt_embeddings": model.prompt(), **{HEAD + k: v for k, v in model.head.state_dict().items()}}
+    tensors = {"prompt_embeddings": model.prompt(), **{HEAD + k: v for k, v in model.head.named_parameters()}}
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}
     b, folder = model.backbone.config, Path(folder)
-    config = dict(peft_type="PROMPT_TUNING", task_type="SEQ_CLS", base_model_name_or_path=base, inference_mode=True,
-                  num_virtual_tokens=len(tensors["prompt_embeddings"]), token_dim=b.hidden_size,
+    config = dict(peft_type="PROMPT_TUNING", task_type="SEQ_CLS", base_model_name_or_path=base,
+                  inference_mode=True, num_virtual_tokens=len(tensors["prompt_embeddings"]), token_dim=b.hidden_size,
                   num_transformer_submodules=1, num_attention_heads=b.num_attention_heads,
                   num_layers=b.num_hidden_layers, modules_to_save=["classifier"], prompt_tuning_init="RANDOM")
     folder.mkdir(parents=True, exist_ok=True)
@@ -620,7 +593,7 @@ def save_adapter(model, folder, base="", facts=None):
     (folder / "xpe.json").write_text(json.dumps(facts or {}, indent=1))
 
 def load_adapter(folder, backbone):
-    """A PromptedClassifier from save_adapter's folder, any PEFT PROMPT_TUNING one, or the authors' P_TUNING one.
+    """A PromptedClassifier from our own folder, any PEFT PROMPT_TUNING one, or the authors' P_TUNING one.
 
     The authors' layout brings pseudo prompt and encoder, the others the finished prompt.  Raises InputError
     that names a missing or surplus tensor or one of a wrong shape.  Only safetensors are read.
@@ -649,8 +622,8 @@ def load_adapter(folder, backbone):
         wanted[keys.get(name) or name.replace("mlp.", "prompt_encoder.xpe_head.")] = p
     wrong = [f"missing {name}" for name in wanted if name not in tensors]
     wrong += [f"surplus {name}" for name in tensors if name not in wanted]
-    wrong += [f"{name} is {tuple(tensors[name].shape)}, should be {tuple(p.shape)}" for name, p in wanted.items()
-              if name in tensors and tensors[name].shape != p.shape]
+    wrong += [f"{name} is {tuple(tensors[name].shape)}, should be {tuple(p.shape)}"
+              for name, p in wanted.items() if name in tensors and tensors[name].shape != p.shape]
     if wrong:
         raise InputError(f"{folder}: {', '.join(wrong)}")
     for name, p in wanted.items():
@@ -665,65 +638,70 @@ def closest(word, names):
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(list(names)[:8])}"
 
 def check(cfg):
-    """Raise InputError for what can be told without loading anything; fill in what follows from other settings."""
+    """Raise InputError for what can be told without loading anything; fill in what other settings decide."""
     for field in dataclasses.fields(cfg):
-        value, meta, flag = getattr(cfg, field.name), field.metadata, "--" + field.name.replace("_", "-")
-        if meta["choices"] and value not in meta["choices"]:
-            raise InputError(f"unknown {flag} {value!r}; {closest(value, meta['choices'])}")
-        if meta["least"] is not None and value is not None and not meta["least"] <= value < meta["below"]:
-            limit = f" and below {meta['below']}" if meta["below"] < math.inf else ""
-            raise InputError(f"{flag} {value}: must be at least {meta['least']}{limit}")
+        value, choices, flag = getattr(cfg, field.name), field.metadata["choices"], field.name.replace("_", "-")
+        if choices and value not in choices:
+            raise InputError(f"unknown {flag} {value!r}; {closest(value, choices)}")
+        if field.type in (int, float) and value is not None:
+            least = 0 if field.type is float or field.name in ("steps", "seed") else 1
+            most = 1 if "dropout" in flag or flag in ("warmup", "xpe-ratio") else math.inf
+            if not least <= value < most:
+                raise InputError(f"--{flag} {value}: must be at least {least} and below {most}")
     if cfg.method != "dual" and cfg.xpe_ratio is not None:
         raise InputError(f"--xpe-ratio belongs to --method dual; {cfg.method} has none")
-    ratio = 0.7 if cfg.xpe_ratio is None else cfg.xpe_ratio
-    if not 0 < ratio < 1:
-        raise InputError(f"--xpe-ratio {ratio}: must lie between 0 (--method spt) and 1 (--method xpe)")
-    if cfg.method == "dual" and cfg.prompt_length < 2:
-        raise InputError("--prompt-length 1: dual needs at least 2, one standard and one encoded vector")
-    cfg.xpe_ratio = {"spt": 0.0, "xpe": 1.0, "dual": ratio}[cfg.method]
+    if cfg.xpe_ratio == 0 or cfg.method == "dual" and cfg.prompt_length < 2:
+        raise InputError("dual needs an --xpe-ratio between 0 and 1 and a --prompt-length of at least 2")
+    cfg.xpe_ratio = {"spt": 0.0, "xpe": 1.0, "dual": cfg.xpe_ratio or 0.7}[cfg.method]
     if cfg.weight_decay is None:
         cfg.weight_decay = 0.01 if cfg.recipe == "released" else 0.1             # PAPER 4.4: 0.1
 
 def pick_device(name):
     """The torch device, or InputError where it is not there."""
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
-        return device
+        return torch.empty(0, device=("cpu", "cuda")[torch.cuda.is_available()] if name == "auto" else name).device
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: not on this machine; use cpu or auto") from None
 
 def pick_languages(text, data, split):
     """Codes from "all", a source's name or a list with commas, each checked against what `data` has."""
-    codes = available(data)
-    wanted = groups.SOURCES.get(text) or (codes if text == "all" else [code.strip() for code in text.split(",")])
+    codes = list(groups.LANGUAGES)                 # of SIB-200; a folder's own otherwise
+    if is_tsv(data):
+        codes = sorted({path.parent.name for path in Path(data).glob("*/*.tsv")})
+    elif Path(data).is_dir():
+        from datasets import get_dataset_config_names
+        codes = sorted(get_dataset_config_names(data))
+    elif data.startswith((".", "/", "~")):
+        raise InputError(f"--data {data}: no such folder")
+    wanted = codes if text == "all" else groups.SOURCES.get(text) or [code.strip() for code in text.split(",")]
     for code in wanted:
         if code not in codes:
-            raise InputError(f"unknown language {code!r} in {data}; {closest(code, [*codes, *groups.SOURCES])}")
+            near = closest(code, [*codes, *groups.SOURCES])
+            raise InputError(f"unknown language {code!r} in {data}; {near}")
         if is_tsv(data) and not Path(data, code, split + ".tsv").is_file():
             raise InputError(f"{Path(data, code, split + '.tsv')}: no such file")
     return list(dict.fromkeys(wanted))
 
 def backbone_of(cfg, device):
-    """The backbone and tokenizer of a config.  Raises InputError where prompt and text have too few positions."""
+    """A config's backbone and tokenizer.  Raises InputError where it has too few positions."""
     bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type == "cuda"
     backbone, tokenizer = load_backbone(cfg.backbone, device, torch.bfloat16 if bf16 else torch.float32,
                                         cfg.backbone_dropout == "on")
-    room = backbone.config.max_position_embeddings - backbone.config.pad_token_id - 1        # XLM-R starts there
+    room = backbone.config.max_position_embeddings - backbone.config.pad_token_id - 1        # XLM-R's first
     if cfg.prompt_length + cfg.max_length > room:
-        raise InputError(f"--prompt-length {cfg.prompt_length} and --max-length {cfg.max_length} together exceed "
-                         f"the {room} positions of {cfg.backbone}")
+        raise InputError(f"--prompt-length {cfg.prompt_length} + --max-length {cfg.max_length}: more than the "
+                         f"{room} positions of {cfg.backbone}")
     return backbone, tokenizer
 
 def start_from(model, folder):
     """Copy prompt and head of another run, or of an adapter in any of the three layouts, into `model`."""
     path = Path(folder, "checkpoint.pt")
-    tensors = read_checkpoint(path)["run"]["best"] if path.exists() else trainable(load_adapter(folder, model.backbone))
+    best = read_checkpoint(path)["run"]["best"] if path.exists() else trainable(load_adapter(folder, model.backbone))
     try:
-        copy_into(model, tensors)
+        copy_into(model, best)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"--init-from {folder}: does not fit this model ({first_line(error)}); a finished prompt "
-                         "has lost its encoder and goes on with --method spt only") from None
+        raise InputError(f"--init-from {folder}: does not fit ({first_line(error)}); a finished prompt has lost "
+                         "its encoder and goes on with --method spt only") from None
 
 def run(cfg, stop=()):
     """One run, from the config to result.json; a finished run is only reported."""
@@ -746,11 +724,11 @@ def run(cfg, stop=()):
                        for codes, split in ((sources, "train"), (sources, "dev"), (targets, "test")))
     n, whole = (sum(p.numel() for p in ps) for ps in (trainable(model).values(), model.parameters()))
     print(f"{folder}: {n:,} of {whole:,} parameters train ({100 * n / whole:.2f} %) on {len(data.lengths):,} "
-          f"sentences, {len(sources)} languages, {len(labels)} labels; {cfg.backbone}, {backbone.dtype}, {device}")
+          f"sentences, {len(sources)} languages, {len(labels)} labels; {cfg.backbone}, {model.backbone.dtype}, {device}")
     record = train(model, data, dev, cfg, folder, stop, state)
     accuracy = evaluate(model.cache_prompt(), test, stop)[0]
-    result = dict(config=dataclasses.asdict(cfg), versions=dict(python=sys.version.split()[0], torch=torch.__version__),
-                  seconds=record["seconds"], trainable_parameters=n,
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__)
+    result = dict(config=dataclasses.asdict(cfg), versions=versions, seconds=record["seconds"], trainable_parameters=n,
                   dev_accuracy=max(c["dev_accuracy"] for c in record["curve"]), accuracy=accuracy,
                   groups=groups.group_means(accuracy), dev_curve=record["curve"])
     if cfg.pool == "first":                        # another position, PEFT's layout cannot say
@@ -767,7 +745,8 @@ def report(result):
         print(f"\nbest dev accuracy {result['dev_accuracy']:.1f}%, {result['seconds']:.0f} s of training")
     print(f"\n{'target group':<17} languages  accuracy")
     for name, percent in groups.group_means(result["accuracy"]).items():
-        print(f"{name:<17} {sum(c in result['accuracy'] for c in groups.TARGET_GROUPS[name]):9d} {percent:8.1f}%")
+        inside = sum(code in result["accuracy"] for code in groups.TARGET_GROUPS[name])
+        print(f"{name:<17} {inside:9d} {percent:8.1f}%")
     if result["config"]["toy"]:
         print("These are synthetic languages: the numbers mean nothing about real ones.")
     return result
@@ -781,7 +760,7 @@ def use_adapter(cfg, stop=()):
     model, facts = load_adapter(cfg.load, backbone).cache_prompt(), Path(cfg.load, "xpe.json")
     labels = json.loads(facts.read_text())["labels"] if facts.exists() else list(groups.LABELS)
     if len(labels) != model.head.out_proj.out_features:
-        raise InputError(f"--load {cfg.load}: {model.head.out_proj.out_features} classes, but {len(labels)} labels")
+        raise InputError(f"--load {cfg.load}: its head has not as many classes as the {len(labels)} labels")
     encoding = labels, tokenizer, device, cfg.max_length
     if lines is None:
         accuracy = evaluate(model, load_split(cfg.data, targets, "test", *encoding), stop)[0]
@@ -803,11 +782,11 @@ def read_lines(path):
             lines[number] = line.decode().removesuffix("\r")
         return lines
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--predict {path}: {getattr(error, 'strerror', None) or f'line {number + 1} is not UTF-8'}"
-                         ) from None
+        why = getattr(error, "strerror", None) or f"line {number + 1} is not UTF-8"
+        raise InputError(f"--predict {path}: {why}") from None
 
 def parse(argv):
-    """The command line as a Config; --toy and --load change defaults: what is given beside them still counts."""
+    """The command line as a Config.  --toy and --load change defaults: what is given beside them counts."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
@@ -822,7 +801,8 @@ def parse(argv):
     first = parser.parse_args(argv)
     adapter = Path(first.load, "adapter_config.json")
     if first.load and adapter.is_file():
-        parser.set_defaults(backbone=json.loads(adapter.read_text()).get("base_model_name_or_path") or first.backbone)
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        parser.set_defaults(backbone=base or first.backbone)
     if first.toy or parser.get_default("backbone") == "toy":
         parser.set_defaults(toy=True, **TOY)
     return Config(**vars(parser.parse_args(argv)))
