@@ -32,6 +32,7 @@ import xpe
 HERE = Path(__file__).parent
 METHODS = ("spt", "dual", "xpe")
 SHORT = ["--toy", "--source", "eng_Latn", "--languages", "eng_Latn,fra_Latn,nqo_Nkoo"]
+WORDS = {"a": "topic1 topic2 topic3", "b": "topic11 topic12 topic13", "c": "topic21 topic22 topic23"}
 TEXTS = ["topic1 topic2 filler3", "topic11", "filler1 topic21 topic22 foreign3 filler9 topic25"]
 
 
@@ -88,7 +89,7 @@ def own(tmp_path):
     """A data folder with languages xx (labels a, b) and yy (labels b, c), unknown to groups.py."""
     for code, labels in (("xx", "ab"), ("yy", "bc")):
         for split in ("train", "dev", "test"):
-            write_tsv(tmp_path / "own" / code / f"{split}.tsv", [(x, f"topic{ord(x) % 7 * 10}") for x in labels * 4])
+            write_tsv(tmp_path / "own" / code / f"{split}.tsv", [(x, WORDS[x]) for x in labels * 4])
     return tmp_path / "own"
 
 
@@ -127,7 +128,7 @@ def close(a, b, tolerance):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adafactor_is_transformers(decay, scale, dtype, tolerance):
     torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 3), (4,), (2, 3, 4), (1, 6))]
+    ours = [torch.nn.Parameter(0.1 * torch.randn(shape, dtype=dtype)) for shape in ((5, 3), (4,), (2, 3, 4), (1, 6))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     a = xpe.Adafactor(ours, lr=5e-3, weight_decay=decay)
     b = transformers.optimization.Adafactor(theirs, lr=5e-3, weight_decay=decay, scale_parameter=False,
@@ -206,7 +207,7 @@ def test_logits_by_hand_whatever_the_padding(pool, position):
     expected = by_hand(model.backbone, model.prompt(), model.head.state_dict(), TEXTS, position)
     with torch.no_grad():
         assert close(model(**tokens(*TEXTS)), expected, 1e-5)
-    assert not close(expected[:1], expected[1:2], 1e-2)
+    assert not close(expected[:1], expected[1:2], 1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -430,8 +431,8 @@ def test_quoted_fields_are_read_whole(own):
     assert list(zip(*xpe.load_language(str(own), "xx", "dev")[::-1])) == rows
 
 
-def test_own_languages_and_labels(own, tmp_path, capsys):
-    assert xpe.main(["--toy", "--data", str(own), "--source", "xx,yy", "--steps", "60", "--batch-size", "4",
+def test_own_languages_and_labels(own, tmp_path):
+    assert xpe.main(["--toy", "--data", str(own), "--source", "xx,yy", "--steps", "80", "--batch-size", "16",
                      "--lr", "1e-2", "--prompt-lr", "0.1", "--out", str(tmp_path / "out")]) == 0
     folder = next((tmp_path / "out").iterdir())
     result = json.loads((folder / "result.json").read_text())
@@ -454,3 +455,212 @@ def test_data_set_in_the_hubs_format(tmp_path, monkeypatch):
     assert xpe.main(["--toy", "--data", data, "--source", "eng_Latn", "--steps", "5", "--out", f"{tmp_path}/a"]) == 0
     assert xpe.main(["--toy", "--source", "eng_Latn", "--languages", "eng_Latn,fra_Latn", "--steps", "5", "--out", f"{tmp_path}/b"]) == 0
     assert outcome(next((tmp_path / "a").iterdir())) == outcome(next((tmp_path / "b").iterdir()))
+
+
+# ------------------------------------------------------------------------------------------------ Adapters
+
+
+def adapter(folder, tensors, **config):
+    """A hand-made adapter directory; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(dict(task_type="SEQ_CLS") | config))
+    return folder
+
+
+def random_head(hidden=64, labels=7):
+    """{name: tensor} of a classification head."""
+    shapes = {"dense.weight": (hidden, hidden), "dense.bias": (hidden,)}
+    shapes |= {"out_proj.weight": (labels, hidden), "out_proj.bias": (labels,)}
+    return {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_loads_our_adapter(runs, tiny, method):
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=7)
+    theirs = peft.PeftModel.from_pretrained(base, str(runs[method] / "adapter")).eval()
+    ours = xpe.load_adapter(runs[method] / "adapter", xpe.load_backbone(tiny)[0]).eval()
+    with torch.no_grad():
+        a, b = theirs(**tokens(*TEXTS)).logits, ours(**tokens(*TEXTS))
+    assert close(a, b, 1e-5) and b.std() > 1                         # a random head would give 0.1
+    facts = json.loads((runs[method] / "adapter/xpe.json").read_text())
+    assert facts["labels"] == list(groups.LABELS) and sorted(facts["languages"]) == groups.ENARZHO
+
+
+def test_we_load_pefts_adapter(tiny, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=7)
+    theirs = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = xpe.load_adapter(tmp_path, xpe.load_backbone(tiny)[0]).eval()
+    with torch.no_grad():
+        assert close(ours(**tokens(*TEXTS)), theirs(**tokens(*TEXTS)).logits, 1e-5)
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    model, text = model_of("xpe", labels=3), tokens(*TEXTS)
+    xpe.save_adapter(model, tmp_path, base="somewhere", facts=dict(labels=["x"]))
+    again = xpe.load_adapter(tmp_path, model.backbone).eval()
+    with torch.no_grad():
+        assert close(again(**text), model.eval()(**text), 1e-6)
+    tensors, config = load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_config.json"
+    head = {f"base_model.classifier.{name}": t for name, t in model.head.state_dict().items()}
+    assert tensors.keys() == {"prompt_embeddings", *head} and all(torch.equal(tensors[name], head[name]) for name in head)
+    assert torch.equal(tensors["prompt_embeddings"], model.prompt())
+    config, wanted = json.loads(config.read_text()), dict(
+        peft_type="PROMPT_TUNING", task_type="SEQ_CLS", num_virtual_tokens=6, token_dim=64, inference_mode=True,
+        num_transformer_submodules=1, num_attention_heads=4, num_layers=2, modules_to_save=["classifier"],
+        prompt_tuning_init="RANDOM", base_model_name_or_path="somewhere")
+    assert config == wanted and json.loads((tmp_path / "xpe.json").read_text()) == dict(labels=["x"])
+    with pytest.raises(ValueError, match="bos"):
+        xpe.save_adapter(model_of(pool="bos"), tmp_path)
+
+
+@pytest.mark.parametrize("standard, encoded", [(4, 0), (1, 3), (0, 4)])
+def test_authors_layout_by_hand(standard, encoded, tmp_path):
+    torch.manual_seed(1)
+    table, pseudo, head = torch.randn(standard, 64), torch.randn(encoded, 64), random_head()
+    w0, w3, w6 = torch.randn(16, 64) / 8, torch.randn(16, 16) / 4, torch.randn(64, 16)
+    b0, b3, b6 = torch.randn(16), torch.randn(16), torch.randn(64)
+    tensors = {f"base_model.classifier.{name}": t for name, t in head.items()}
+    tensors |= {"prompt_encoder.embedding.weight": table} if standard else {}
+    if encoded:
+        tensors |= {"prompt_encoder.xpe_embedding.weight": pseudo}
+        for i, (w, b) in {0: (w0, b0), 3: (w3, b3), 6: (w6, b6)}.items():
+            tensors |= {f"prompt_encoder.xpe_head.{i}.weight": w, f"prompt_encoder.xpe_head.{i}.bias": b}
+    folder = adapter(tmp_path, tensors, peft_type="P_TUNING", num_virtual_tokens=4, token_dim=64, xpe_ratio=0.75,
+                     encoder_hidden_size=16)
+    prompt = torch.cat([table, torch.relu(torch.relu(pseudo @ w0.T + b0) @ w3.T + b3) @ w6.T + b6])
+    model = xpe.load_adapter(folder, xpe.load_backbone("toy")[0]).eval()
+    with torch.no_grad():
+        assert close(model.prompt(), prompt, 1e-5)
+        assert close(model(**tokens(*TEXTS)), by_hand(model.backbone, prompt, head, TEXTS), 1e-5)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(prompt_embeddings=None), ["missing", "prompt_embeddings"]),
+    ({"base_model.classifier.dense.bias": None}, ["missing", "base_model.classifier.dense.bias"]),
+    ({"base_model.classifier.out_proj.bias": None}, ["missing", "base_model.classifier.out_proj.bias"]),
+    ({"base_model.lora": torch.ones(2)}, ["surplus", "base_model.lora"]),
+    ({"base_model.classifier.out_proj.bias": torch.ones(8)}, ["base_model.classifier.out_proj.bias", "(8,)"]),
+    (dict(prompt_embeddings=torch.ones(5, 64)), ["prompt_embeddings", "(5, 64)", "(4, 64)"]),
+    (dict(prompt_embeddings=torch.ones(4, 32)), ["prompt_embeddings", "(4, 32)", "(4, 64)"]),
+    (dict(peft_type="LORA"), ["LORA"]),
+    (dict(num_virtual_tokens="many"), ["adapter"]),
+    ("adapter_config.json", ["adapter"]),
+    ("adapter_model.safetensors", ["adapter"]),
+    (None, ["adapter"]),
+])
+def test_bad_adapter_is_one_line(change, words, tmp_path, capsys):
+    tensors = {"prompt_embeddings": torch.randn(4, 64)}
+    tensors |= {f"base_model.classifier.{name}": t for name, t in random_head().items()}
+    config = dict(peft_type="PROMPT_TUNING", num_virtual_tokens=4, token_dim=64)
+    if isinstance(change, dict):
+        config |= {key: value for key, value in change.items() if key in config}
+        tensors |= {key: value for key, value in change.items() if key not in config}
+    if change is not None:
+        adapter(tmp_path / "adapter", {name: t for name, t in tensors.items() if t is not None}, **config)
+    if isinstance(change, str):
+        (tmp_path / "adapter" / change).write_text("{")
+    with pytest.raises(ValueError) as info:
+        xpe.load_adapter(tmp_path / "adapter", xpe.load_backbone("toy")[0])
+    assert xpe.main(["--toy", "--load", str(tmp_path / "adapter"), "--languages", "fra_Latn"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error and word in str(info.value) for word in words), error
+
+
+def test_load_gives_the_accuracy_of_the_run(runs, tiny, capsys):
+    accuracy = json.loads((runs["dual"] / "result.json").read_text())["accuracy"]
+    capsys.readouterr()
+    assert xpe.main(["--toy", "--backbone", tiny, "--load", str(runs["dual"] / "adapter"), "--languages",
+                     ",".join(accuracy)]) == 0
+    cells = re.findall(r"([a-z]{3}_[A-Z]\w+) +([\d.]+)", capsys.readouterr().out)
+    assert {code: float(percent) for code, percent in cells} == {c: round(p, 1) for c, p in accuracy.items()}
+
+
+def test_predict_labels_each_line(runs, tiny, tmp_path, capsys):
+    (tmp_path / "lines").write_text("\n".join([TEXTS[2], "", TEXTS[0], TEXTS[1]]) + "\n")
+    command = ["--toy", "--backbone", tiny, "--load", str(runs["xpe"] / "adapter"), "--predict"]
+    capsys.readouterr()
+    assert xpe.main([*command, str(tmp_path / "lines")]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    model = xpe.load_adapter(runs["xpe"] / "adapter", xpe.load_backbone(tiny)[0])
+    p, label = by_hand(model.backbone, model.prompt(), model.head.state_dict(), TEXTS).softmax(-1).max(-1)
+    assert [row[-1] for row in rows] == [TEXTS[2], "", TEXTS[0], TEXTS[1]]
+    assert [row[0] for row in rows if row[-1]] == [groups.LABELS[label[i]] for i in (2, 0, 1)]
+    assert [float(row[1]) for row in rows if row[-1]] == pytest.approx([p[i].item() for i in (2, 0, 1)], abs=1e-3)
+    for content, word in ((b"fine\n\xff\xfe\n", "line 2"), (None, "gone")):
+        (tmp_path / "gone").unlink(missing_ok=True), (tmp_path / "bytes").write_bytes(content or b"")
+        assert xpe.main([*command, str(tmp_path / ("bytes" if content else "gone"))]) == 2
+        error = capsys.readouterr().err
+        assert word in error and error.count("\n") == 1
+
+
+def test_init_from_a_run_or_an_adapter(runs, tiny, tmp_path, capsys):
+    accuracy = json.loads((runs["dual"] / "result.json").read_text())["accuracy"]
+    command = ["--toy", "--backbone", tiny, "--source", "eng_Latn", "--languages", ",".join(accuracy), "--steps", "0"]
+    for out, method, start in (("a", "dual", runs["dual"]), ("b", "spt", runs["dual"] / "adapter")):
+        assert xpe.main([*command, "--method", method, "--init-from", str(start), "--out", f"{tmp_path}/{out}"]) == 0
+        assert outcome(next((tmp_path / out).iterdir()))[1] == accuracy, out
+    capsys.readouterr()
+    for out, method, start in (("c", "xpe", runs["dual"] / "adapter"), ("d", "spt", runs["dual"]), ("e", "spt", HERE)):
+        assert xpe.main([*command, "--method", method, "--init-from", str(start), "--out", f"{tmp_path}/{out}"]) == 2
+        error = capsys.readouterr().err
+        assert str(start) in error and error.count("\n") == 1 and not (tmp_path / out).exists()
+
+
+# ------------------------------------------------------------------------------------- The file as a text
+
+
+def pasted(title):
+    """What the section of this title defines, run alone: nothing but torch is there."""
+    source = (HERE / "xpe.py").read_text(encoding="utf-8")
+    section, = [part for part in re.split(r"^# -{20,}", source, flags=re.MULTILINE)
+                if part.lstrip("\n# ").startswith(title)]
+    names = dict(torch=torch)
+    exec("#" + section, names)
+    return names
+
+
+def test_sections_can_be_copied_alone():
+    names = pasted("The prompts")
+    model = names["PromptedClassifier"](xpe.load_backbone("toy")[0], names["build_prompt"]("dual", 4, 64, 0.5), 3)
+    model(**tokens(*TEXTS)).sum().backward()
+    assert model.prompt.standard.vectors.grad.any() and model.cache_prompt()(**tokens(*TEXTS)).shape == (3, 3)
+    names, p = pasted("Optimizer and schedule"), torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.tensor([3.0, -3.0])                               # the first update is the gradient's sign
+    names["Adafactor"]([p], lr=0.1).step()
+    assert close(p, torch.tensor([0.9, 1.1]), 1e-6)
+    assert [names["cosine_with_restarts"](step, 2, 10) for step in (1, 2, 4, 6, 10)] == [0.5, 1, pytest.approx(0.5), 1, 0]
+
+
+def test_size_of_the_file():
+    lines = (HERE / "xpe.py").read_text(encoding="utf-8").splitlines()
+    functions = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.FunctionDef)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno >= 40] == []
+    assert [i for i, line in enumerate(lines, 1) if len(line) > 110] == []
+    assert len(lines) <= 750
+
+
+def commands(text):
+    """The arguments of each `python xpe.py` and `python groups.py` in a text, as (script, [argument])."""
+    for line in text.replace("\\\n", " ").splitlines():
+        for script, rest in re.findall(r"python3? (xpe|groups)\.py([^|&;<>]*)", line):
+            yield script, [re.sub(r"\$\{?\w+}?", "0", word) for word in shlex.split(rest, comments=True)]
+
+
+@pytest.mark.parametrize("where", ["README.md", "xpe.py", "groups.py"])
+def test_every_documented_command_parses(where, monkeypatch):
+    if not (HERE / where).exists():
+        pytest.skip(f"no {where}")
+    text = (HERE / where).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S) if where == "README.md" else [text.split('"""')[1]]
+    found = list(commands("\n".join(blocks)))
+    monkeypatch.setattr(groups, "load_runs", lambda folder: 1 / 0)   # as far as the arguments, no further
+    for script, argv in found:
+        if script == "xpe":
+            xpe.check(xpe.parse(argv))
+        else:
+            pytest.raises(ZeroDivisionError, groups.main, argv)
+    assert found
