@@ -12,18 +12,7 @@ Left out on purpose: other tasks than classification, several GPUs, prompts in d
 Letters: B batch, T text length, P prompt length (the paper's n), H hidden size (d), C classes.
 Where the paper is silent or differs stands `PAPER section:` or `AUTHORS:` (their released program).
 """
-import argparse
-import csv
-import dataclasses
-import difflib
-import json
-import math
-import os
-import random
-import signal
-import sys
-import tempfile
-import time
+import argparse, csv, dataclasses, difflib, json, math, os, random, signal, sys, tempfile, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +30,7 @@ def setting(default, text, choices=()):
 @dataclasses.dataclass
 class Config:
     """Everything that defines a run.  The command line is made from it: `prompt_lr` is `--prompt-lr`."""
-    method: str = setting("dual", "free prompt, encoded one, or both: spt, xpe, dual (3)", ("spt", "xpe", "dual"))
+    method: str = setting("dual", "free prompt spt, encoded xpe, or both (3)", ("spt", "xpe", "dual"))
     xpe_ratio: float = setting(None, "share of the prompt that is encoded, in (0, 1), dual only [0.7] (4.3)")
     source: str = setting("joshi5", "train on enarzho, joshi5, seen, or codes with commas (4.2)")
     languages: str = setting("all", "test on all, or codes with commas")
@@ -192,7 +181,7 @@ class Adafactor(torch.optim.Optimizer):
         state["step"] = t = state.get("step", 0) + 1
         beta2 = 1 - t ** group["decay_rate"]                         # 0 at t = 1: no history yet
         square = g * g + group["eps"]
-        means = {"v": square} if g.dim() < 2 else {"row": square.mean(-1), "col": square.mean(-2)}   # (R), (C)
+        means = {"v": square} if g.dim() < 2 else {"row": square.mean(-1), "col": square.mean(-2)}  # (R), (C)
         for name, new in means.items():
             state[name] = torch.lerp(new, state.get(name, new), beta2)
         if g.dim() < 2:
@@ -271,7 +260,9 @@ def read_rows(data, code, split):
         datasets.disable_progress_bars()
         rows = datasets.load_dataset(data, code, split={"dev": "validation"}.get(split, split))
         return [(f"{path} row {i}", row["text"], row["category"]) for i, row in enumerate(rows)]
-    except Exception as error:                     # no file, no column `text`, offline, no such config ...
+    except KeyError as error:
+        raise InputError(f"{path}: no column {error}; needs category and text") from None
+    except Exception as error:                     # no file, offline, no such config ...
         raise InputError(f"cannot read {path} ({type(error).__name__}: {first_line(error)}); give a local "
                          "folder with --data DIR, or --toy, which needs no download") from None
 
@@ -327,8 +318,8 @@ def toy_backbone(dropout=True):
                                         unk_token="<unk>", pad_token="<pad>")
     rate = 0.1 if dropout else 0.0
     config = XLMRobertaConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-        max_position_embeddings=130, type_vocab_size=1, initializer_range=0.1,
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=128, max_position_embeddings=130, type_vocab_size=1, initializer_range=0.1,
         hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
     with torch.random.fork_rng(devices=[]):        # the same encoder whatever the seed, like a pretrained one
         torch.manual_seed(0)
@@ -338,8 +329,8 @@ def toy_backbone(dropout=True):
     return backbone, tokenizer
 
 def toy_rows(code, split):
-    """[(place, text, label)]: half topic words, half filler.  A topic word turns foreign, which tells nothing,
-    in 5 % of the cases in seen languages, in 90 % in low-performing ones and in 65 % in the other unseen ones."""
+    """[(place, text, label)]: half topic words, half filler.  A topic word turns foreign, which says nothing:
+    5 % of them do in seen languages, 90 % in low-performing ones, 65 % in the other unseen ones."""
     foreign = 0.05 if code in groups.SEEN else 0.9 if code in groups.LOW_PERFORMING else 0.65
     rng, rows = random.Random(f"{code} {split}"), []
     for _ in range({"train": 140, "dev": 35, "test": 35}[split]):
@@ -452,7 +443,7 @@ def train_epoch(model, data, optimizer, cfg, run, stop):
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
             names = ", ".join(sorted(set(data.languages[batches[i]])))
-            raise NonFinite(f"step {first + i + 1}: the loss is {loss}, on {names}; the last checkpoint is kept")
+            raise NonFinite(f"step {first + i + 1}: loss {loss} on {names}; the last checkpoint is kept")
     return sum(losses) / max(1, len(losses))
 
 def train(model, data, dev, cfg, folder, stop=(), state=None):
@@ -464,12 +455,7 @@ def train(model, data, dev, cfg, folder, stop=(), state=None):
     optimizer = Adafactor(parameter_groups(model, cfg), lr=cfg.lr)
     run = dict(step=0, curve=[], losses=None, lr=0.0, best=None, waited=0, seconds=0.0)
     if state:
-        copy_into(model, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        torch.cuda.is_available() and torch.cuda.set_rng_state_all(state["cuda"])
-        run.update(state["run"])
-        print(f"going on from step {run['step']}")
+        restore(model, optimizer, run, state)
     began = time.time() - run["seconds"]
     print("epoch    step    loss  dev loss   dev acc.  majority        lr  seconds     left")
     while not run["curve"] or (run["step"] < cfg.steps and run["waited"] < cfg.patience):
@@ -486,14 +472,15 @@ def train(model, data, dev, cfg, folder, stop=(), state=None):
     return run
 
 def record(run, model, cfg, loss, dev_loss, guess, labels):
-    """Note an evaluation: the best accuracy is kept, ties go to the earlier; patience watches the dev loss."""
+    """Note an evaluation: the best accuracy is kept, ties go to the earlier; patience is for dev loss."""
     curve, accuracy = run["curve"], float(100 * np.mean(guess == labels))
     if not curve or accuracy > max(c["dev_accuracy"] for c in curve):
         run["best"] = {name: t.clone() for name, t in trainable(model).items()}
     if 2 * run["step"] >= cfg.steps:               # PAPER 4.4: after cycle 1; AUTHORS: from half-time on
         run["waited"] = 0 if not curve or dev_loss < min(c["dev_loss"] for c in curve) else run["waited"] + 1
-    curve.append(dict(epoch=len(curve) + 1, step=run["step"], loss=loss, dev_loss=dev_loss, dev_accuracy=accuracy,
-                      majority=float(100 * np.bincount(labels).max() / len(labels)), lr=run["lr"]))
+    majority = float(100 * np.bincount(labels).max() / len(labels))
+    curve.append(dict(epoch=len(curve) + 1, step=run["step"], loss=loss, dev_loss=dev_loss,
+                      dev_accuracy=accuracy, majority=majority, lr=run["lr"]))
     left, run["losses"] = run["seconds"] * (cfg.steps / max(1, run["step"]) - 1), None
     row = "{epoch:5d} {step:7d} {loss:7.3f} {dev_loss:9.3f} {dev_accuracy:9.1f}% {majority:8.1f}% {lr:9.1e}"
     print(row.format(**curve[-1]), f"{run['seconds']:8.0f} {left:8.0f}", flush=True)
@@ -530,14 +517,26 @@ def save_checkpoint(model, optimizer, run, cfg, folder):
         rows = [run["curve"][0].keys(), *(c.values() for c in run["curve"])]
         write_text(folder / "log.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
 
+def restore(model, optimizer, run, state):
+    """Put a checkpoint's state back to where save_checkpoint took it from.  Raises InputError on a misfit."""
+    try:
+        copy_into(model, state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        run.update(state["run"])
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise InputError(f"checkpoint.pt does not fit ({first_line(error)}); choose another --out") from None
+    print(f"going on from step {run['step']}")
+
 def read_checkpoint(path):
     """What save_checkpoint wrote, read without unpickling code.  Raises InputError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {key: state[key] for key in ("config", "run", "model", "optimizer", "rng", "cuda")}
-    except Exception as error:                     # truncated, foreign, or not readable at all
-        raise InputError(f"{path}: not a checkpoint of this program ({type(error).__name__}); remove it, or "
-                         "choose another --out") from None
+    except Exception:                              # truncated, foreign, or not readable at all
+        raise InputError(f"{path}: not a checkpoint of this program; choose another --out") from None
 
 def claim_folder(cfg):
     """(folder, its result if finished, its checkpoint if interrupted) of a run named by what defines it.
@@ -558,7 +557,7 @@ def claim_folder(cfg):
         theirs = (result or state or {}).get("config", {})
     except OSError as error:
         raise InputError(f"{folder}: cannot be used ({error.strerror}); choose another --out") from None
-    except (ValueError, AttributeError):
+    except (json.JSONDecodeError, AttributeError):
         raise InputError(f"{folder}/result.json: not of this program; choose another --out") from None
     differ = [f"{key} ({theirs[key]} there, {mine} here)" for key, mine in dataclasses.asdict(cfg).items()
               if key != "out" and theirs.get(key, mine) != mine]
@@ -584,13 +583,21 @@ def save_adapter(model, folder, base="", facts=None):
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}
     b, folder = model.backbone.config, Path(folder)
     config = dict(peft_type="PROMPT_TUNING", task_type="SEQ_CLS", base_model_name_or_path=base,
-                  inference_mode=True, num_virtual_tokens=len(tensors["prompt_embeddings"]), token_dim=b.hidden_size,
-                  num_transformer_submodules=1, num_attention_heads=b.num_attention_heads,
-                  num_layers=b.num_hidden_layers, modules_to_save=["classifier"], prompt_tuning_init="RANDOM")
+                  inference_mode=True, num_virtual_tokens=len(tensors["prompt_embeddings"]),
+                  token_dim=b.hidden_size, num_transformer_submodules=1, num_layers=b.num_hidden_layers,
+                  num_attention_heads=b.num_attention_heads, modules_to_save=["classifier"],
+                  prompt_tuning_init="RANDOM")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     (folder / "xpe.json").write_text(json.dumps(facts or {}, indent=1))
+
+def adapter_config(folder):
+    """PEFT's description of the adapter in a folder.  Raises InputError."""
+    try:
+        return dict(json.loads(Path(folder, "adapter_config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder}: not a readable adapter (adapter_config.json: {error})") from None
 
 def load_adapter(folder, backbone):
     """A PromptedClassifier from our own folder, any PEFT PROMPT_TUNING one, or the authors' P_TUNING one.
@@ -599,11 +606,11 @@ def load_adapter(folder, backbone):
     that names a missing or surplus tensor or one of a wrong shape.  Only safetensors are read.
     """
     from safetensors.torch import load_file
+    config = adapter_config(folder)
     try:
-        config = json.loads(Path(folder, "adapter_config.json").read_text())
         tensors = load_file(Path(folder, "adapter_model.safetensors"))
-        kind, P, H = config["peft_type"], config["num_virtual_tokens"], backbone.config.hidden_size
-    except Exception as error:                     # no such file, not JSON, not safetensors, not PEFT's
+        kind, P, H = config["peft_type"], int(config["num_virtual_tokens"]), backbone.config.hidden_size
+    except Exception as error:                     # no such file, not safetensors, no such key, no number
         raise InputError(f"{folder}: not a readable adapter ({error})") from None
     shape = lambda name: [*tensors[name].shape, 0] if name in tensors else [0, 0]
     if kind == "PROMPT_TUNING":
@@ -620,12 +627,12 @@ def load_adapter(folder, backbone):
     for name, p in prompt.named_parameters():
         name = name.removeprefix("standard.").removeprefix("encoded.")
         wanted[keys.get(name) or name.replace("mlp.", "prompt_encoder.xpe_head.")] = p
-    wrong = [f"missing {name}" for name in wanted if name not in tensors]
-    wrong += [f"surplus {name}" for name in tensors if name not in wanted]
-    wrong += [f"{name} is {tuple(tensors[name].shape)}, should be {tuple(p.shape)}"
-              for name, p in wanted.items() if name in tensors and tensors[name].shape != p.shape]
+    wrong = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
+    wrong += [f"surplus {name}" for name in tensors.keys() - wanted.keys()]
+    wrong += [f"{name} is {tuple(tensors[name].shape)}, should be {tuple(wanted[name].shape)}"
+              for name in wanted.keys() & tensors.keys() if tensors[name].shape != wanted[name].shape]
     if wrong:
-        raise InputError(f"{folder}: {', '.join(wrong)}")
+        raise InputError(f"{folder}: {', '.join(sorted(wrong))}")
     for name, p in wanted.items():
         p.data.copy_(tensors[name])
     return model
@@ -637,29 +644,37 @@ def closest(word, names):
     near = difflib.get_close_matches(word, list(names), n=3, cutoff=0.4)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(list(names)[:8])}"
 
+def flag_of(field):
+    """prompt_lr -> --prompt-lr."""
+    return "--" + field.name.replace("_", "-")
+
 def check(cfg):
     """Raise InputError for what can be told without loading anything; fill in what other settings decide."""
     for field in dataclasses.fields(cfg):
-        value, choices, flag = getattr(cfg, field.name), field.metadata["choices"], field.name.replace("_", "-")
+        value, choices, flag = getattr(cfg, field.name), field.metadata["choices"], flag_of(field)
         if choices and value not in choices:
             raise InputError(f"unknown {flag} {value!r}; {closest(value, choices)}")
         if field.type in (int, float) and value is not None:
             least = 0 if field.type is float or field.name in ("steps", "seed") else 1
-            most = 1 if "dropout" in flag or flag in ("warmup", "xpe-ratio") else math.inf
-            if not least <= value < most:
-                raise InputError(f"--{flag} {value}: must be at least {least} and below {most}")
+            below = 1 if field.name in ("warmup", "dropout", "head_dropout") else math.inf
+            if not least <= value < below:
+                raise InputError(f"{flag} {value}: must be at least {least}, and below {below}")
+    ratio = 0.7 if cfg.xpe_ratio is None else cfg.xpe_ratio
     if cfg.method != "dual" and cfg.xpe_ratio is not None:
         raise InputError(f"--xpe-ratio belongs to --method dual; {cfg.method} has none")
-    if cfg.xpe_ratio == 0 or cfg.method == "dual" and cfg.prompt_length < 2:
-        raise InputError("dual needs an --xpe-ratio between 0 and 1 and a --prompt-length of at least 2")
-    cfg.xpe_ratio = {"spt": 0.0, "xpe": 1.0, "dual": cfg.xpe_ratio or 0.7}[cfg.method]
+    if not 0 < ratio < 1:
+        raise InputError(f"--xpe-ratio {ratio:g}: must lie between 0 (--method spt) and 1 (--method xpe)")
+    if cfg.method == "dual" and cfg.prompt_length < 2:
+        raise InputError("--prompt-length 1: dual needs 2 or more, for both parts")
+    cfg.xpe_ratio = {"spt": 0.0, "xpe": 1.0, "dual": ratio}[cfg.method]
     if cfg.weight_decay is None:
         cfg.weight_decay = 0.01 if cfg.recipe == "released" else 0.1             # PAPER 4.4: 0.1
 
 def pick_device(name):
     """The torch device, or InputError where it is not there."""
     try:
-        return torch.empty(0, device=("cpu", "cuda")[torch.cuda.is_available()] if name == "auto" else name).device
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.empty(0, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: not on this machine; use cpu or auto") from None
 
@@ -670,10 +685,13 @@ def pick_languages(text, data, split):
         codes = sorted({path.parent.name for path in Path(data).glob("*/*.tsv")})
     elif Path(data).is_dir():
         from datasets import get_dataset_config_names
-        codes = sorted(get_dataset_config_names(data))
+        try:
+            codes = sorted(get_dataset_config_names(data))
+        except Exception as error:
+            raise InputError(f"--data {data}: no data set in it ({first_line(error)})") from None
     elif data.startswith((".", "/", "~")):
         raise InputError(f"--data {data}: no such folder")
-    wanted = codes if text == "all" else groups.SOURCES.get(text) or [code.strip() for code in text.split(",")]
+    wanted = codes if text == "all" else groups.SOURCES.get(text) or [c.strip() for c in text.split(",")]
     for code in wanted:
         if code not in codes:
             near = closest(code, [*codes, *groups.SOURCES])
@@ -689,19 +707,20 @@ def backbone_of(cfg, device):
                                         cfg.backbone_dropout == "on")
     room = backbone.config.max_position_embeddings - backbone.config.pad_token_id - 1        # XLM-R's first
     if cfg.prompt_length + cfg.max_length > room:
-        raise InputError(f"--prompt-length {cfg.prompt_length} + --max-length {cfg.max_length}: more than the "
-                         f"{room} positions of {cfg.backbone}")
+        raise InputError(f"--prompt-length {cfg.prompt_length} + --max-length {cfg.max_length}: more than "
+                         f"the {room} positions of {cfg.backbone}")
     return backbone, tokenizer
 
 def start_from(model, folder):
     """Copy prompt and head of another run, or of an adapter in any of the three layouts, into `model`."""
     path = Path(folder, "checkpoint.pt")
-    best = read_checkpoint(path)["run"]["best"] if path.exists() else trainable(load_adapter(folder, model.backbone))
+    best = read_checkpoint(path)["run"]["best"] if path.exists() else None
+    best = best or trainable(load_adapter(folder, model.backbone))
     try:
         copy_into(model, best)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"--init-from {folder}: does not fit ({first_line(error)}); a finished prompt has lost "
-                         "its encoder and goes on with --method spt only") from None
+        raise InputError(f"--init-from {folder}: does not fit ({first_line(error)}); a finished prompt has "
+                         "lost its encoder and goes on with --method spt only") from None
 
 def run(cfg, stop=()):
     """One run, from the config to result.json; a finished run is only reported."""
@@ -724,11 +743,12 @@ def run(cfg, stop=()):
                        for codes, split in ((sources, "train"), (sources, "dev"), (targets, "test")))
     n, whole = (sum(p.numel() for p in ps) for ps in (trainable(model).values(), model.parameters()))
     print(f"{folder}: {n:,} of {whole:,} parameters train ({100 * n / whole:.2f} %) on {len(data.lengths):,} "
-          f"sentences, {len(sources)} languages, {len(labels)} labels; {cfg.backbone}, {model.backbone.dtype}, {device}")
+          f"sentences, {len(sources)} languages, {len(labels)} labels; {backbone.dtype}, {device}")
     record = train(model, data, dev, cfg, folder, stop, state)
     accuracy = evaluate(model.cache_prompt(), test, stop)[0]
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__)
-    result = dict(config=dataclasses.asdict(cfg), versions=versions, seconds=record["seconds"], trainable_parameters=n,
+    result = dict(config=dataclasses.asdict(cfg),
+                  versions=dict(python=sys.version.split()[0], torch=torch.__version__),
+                  seconds=record["seconds"], trainable_parameters=n,
                   dev_accuracy=max(c["dev_accuracy"] for c in record["curve"]), accuracy=accuracy,
                   groups=groups.group_means(accuracy), dev_curve=record["curve"])
     if cfg.pool == "first":                        # another position, PEFT's layout cannot say
@@ -754,6 +774,8 @@ def report(result):
 def use_adapter(cfg, stop=()):
     """--load: accuracy of an adapter per language; with --predict, a label for each line of a text file."""
     device = pick_device(cfg.device)
+    if cfg.backbone == Config.backbone:            # the default: the adapter knows better
+        cfg.backbone = adapter_config(cfg.load).get("base_model_name_or_path") or cfg.backbone
     lines = read_lines(cfg.predict) if cfg.predict else None
     targets = pick_languages(cfg.languages, cfg.data, "test") if lines is None else []
     backbone, tokenizer = backbone_of(cfg, device)
@@ -777,34 +799,28 @@ def read_lines(path):
     """The lines of a UTF-8 file, or of standard input for "-".  Raises InputError that names the line."""
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        number, lines = 0, raw.removesuffix(b"\n").split(b"\n") if raw else []
-        for number, line in enumerate(lines):
-            lines[number] = line.decode().removesuffix("\r")
-        return lines
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or f"line {number + 1} is not UTF-8"
-        raise InputError(f"--predict {path}: {why}") from None
+        return raw.decode().replace("\r\n", "\n").removesuffix("\n").split("\n") if raw else []
+    except OSError as error:
+        raise InputError(f"--predict {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = raw[:error.start].count(b"\n") + 1
+        raise InputError(f"--predict {path}: line {line} is not UTF-8") from None
 
 def parse(argv):
-    """The command line as a Config.  --toy and --load change defaults: what is given beside them counts."""
+    """The command line as a Config.  --toy changes defaults: what is given beside it still counts."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
         kind = dict(action="store_true") if field.type is bool else dict(
             type=field.type, default=field.default, metavar=field.type.__name__.upper())
         shown = "" if field.default in (None, "", False) else f" [{field.default}]"
-        parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"] + shown, **kind)
+        parser.add_argument(flag_of(field), help=field.metadata["help"] + shown, **kind)
 
     def error(message):                            # argparse's own prints the usage too
         raise InputError(f"{message}; see --help")
     parser.error = error
-    first = parser.parse_args(argv)
-    adapter = Path(first.load, "adapter_config.json")
-    if first.load and adapter.is_file():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-        parser.set_defaults(backbone=base or first.backbone)
-    if first.toy or parser.get_default("backbone") == "toy":
-        parser.set_defaults(toy=True, **TOY)
+    if parser.parse_args(argv).toy:
+        parser.set_defaults(**TOY)
     return Config(**vars(parser.parse_args(argv)))
 
 def main(argv=None):
