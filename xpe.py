@@ -12,17 +12,17 @@ Left out on purpose: other tasks than classification, several GPUs, prompts in d
 Letters: B batch, T text length, P prompt length (the paper's n), H hidden size (d), C classes.
 Where the paper is silent or differs stands `PAPER section:` or `AUTHORS:` (their released program).
 """
-import argparse, csv, dataclasses, difflib, json, math, os, random, signal, sys, tempfile, time
+import argparse, contextlib, csv, dataclasses, difflib, json, math, os, random, signal, sys, tempfile, time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import groups
 
 # ------------------------------------------------------------------------------------------- Configuration
-
 def setting(default, text, choices=()):
     """A field of Config: its text (unit, section) is what --help prints."""
     return dataclasses.field(default=default, metadata=dict(help=text, choices=choices))
@@ -64,7 +64,6 @@ class Config:
 
 # --------------------------------------------------------------------------------------------- The prompts
 # Sections 3.1 and 3.2, and the classifier around them.  Needs only `import torch`: copy it alone.
-
 class SoftPrompt(torch.nn.Module):
     """SPT (4.3): `length` free vectors.  forward() -> (P, H).  Init N(0, 1)."""
     def __init__(self, length, hidden):
@@ -96,9 +95,7 @@ class DualPrompt(torch.nn.Module):
 
 def build_prompt(method, length, hidden, ratio=0.7, **encoder):
     """The prompt of a method: its share of encoded vectors is 0 (spt), `ratio` (dual) or 1 (xpe).
-
-    `encoder` goes to CrossPromptEncoder (mlp_hidden, dropout).  Raises ValueError where DUAL has no room.
-    """
+    `encoder` goes to CrossPromptEncoder (mlp_hidden, dropout).  Raises ValueError where DUAL has no room."""
     n = round(length * {"spt": 0.0, "dual": ratio, "xpe": 1.0}[method])                # encoded vectors
     if method == "dual":
         if length < 2:
@@ -123,12 +120,10 @@ class ClassificationHead(torch.nn.Module):
 
 class PromptedClassifier(torch.nn.Module):
     """A frozen backbone that reads [prompt | <s> text </s>], and a head on one position of its last layer."""
-
     def __init__(self, backbone, prompt, num_labels, pool="first", head_dropout=0.1):
         super().__init__()
         self.backbone, self.prompt, self.pool = backbone, prompt, pool
         self.head = ClassificationHead(backbone.config.hidden_size, num_labels, head_dropout)
-
     def forward(self, input_ids, attention_mask):
         """(B, T) token ids and their mask, 1 on text and 0 on right padding -> logits (B, C), fp32."""
         words = self.backbone.get_input_embeddings()(input_ids)                              # (B, T, H)
@@ -140,32 +135,24 @@ class PromptedClassifier(torch.nn.Module):
         states = self.backbone(inputs_embeds=x, attention_mask=mask).last_hidden_state       # (B, P + T, H)
         # AUTHORS: their head, like PEFT's, reads position 0: the first virtual token, not <s>.
         return self.head(states[:, P if self.pool == "bos" else 0].float())                  # (B, C)
-
     def cache_prompt(self):
         """Keep only the finished prompt (3.1): encoder and pseudo prompt are not needed at inference."""
-        self.eval()
-        with torch.no_grad():
-            finished = self.prompt().clone()                                                 # (P, H)
+        finished = self.eval().prompt().detach().clone()                                     # (P, H)
         self.prompt = SoftPrompt(*finished.shape)
         self.prompt.vectors = torch.nn.Parameter(finished, requires_grad=False)
         return self
 
 # ---------------------------------------------------------------------------------- Optimizer and schedule
 # Section 4.4.  Needs only `import torch`: copy it alone.
-
 class Adafactor(torch.optim.Optimizer):
     """Adafactor (Shazeer and Stern, 2018) with an external learning rate and no momentum.
-
     Of the running average V of the squared gradient (R, C) only row and column means are kept, R + C numbers:
     V ~ row col^T / mean(row).  Smaller tensors keep V whole.  The update G / sqrt(V) is divided by
     max(1, RMS / clip_threshold); weight decay is decoupled.  Equal to transformers' Adafactor with
-    scale_parameter, relative_step and warmup_init off, as in the authors' program.
-    """
-
+    scale_parameter, relative_step and warmup_init off, as in the authors' program."""
     def __init__(self, params, lr, weight_decay=0.0, clip_threshold=1.0, decay_rate=-0.8, eps=1e-30):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, clip_threshold=clip_threshold,
                                       decay_rate=decay_rate, eps=eps))
-
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient; -> the closure's loss, if there is one."""
@@ -175,7 +162,6 @@ class Adafactor(torch.optim.Optimizer):
                 update = self.update(p.grad, self.state[p], group)
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
         return loss
-
     def update(self, g, state, group):
         """A gradient, normalised and clipped; advances its running averages."""
         state["step"] = t = state.get("step", 0) + 1
@@ -201,9 +187,17 @@ def cosine_with_restarts(step, warmup, total, cycles=2):
     return 0.0 if progress >= 1 else 0.5 * (1 + cos(pi * (cycles * progress % 1)))
 
 # --------------------------------------------------------------------------------------- Backbone and data
-
 class InputError(ValueError):
     """Something the user can mend: main prints its one line and exits with code 2."""
+
+@contextlib.contextmanager
+def as_input_error(problem, remedy=""):
+    """Turn what a library raises inside into an InputError: problem (its first line), remedy."""
+    try:
+        yield
+    except Exception as error:                     # of many kinds, which mean the same to a user
+        reason = (str(error).strip().splitlines() or [""])[0][:150]
+        raise InputError(f"{problem} ({type(error).__name__}: {reason}){remedy}") from error
 
 class Split(NamedTuple):
     """Sentences of one or more languages, on the device as a whole: 205 languages are some 60 MB."""
@@ -212,36 +206,27 @@ class Split(NamedTuple):
     labels: torch.Tensor          # (N,)
     lengths: np.ndarray           # (N,) tokens, on the host: no batch's width is asked of the device
     languages: np.ndarray         # (N,) codes
-
     def batch(self, rows):
         """Rows (B,) -> ids (B, T), mask (B, T), labels (B,); T is their longest text, to a multiple of 4."""
         T = min(-(-int(self.lengths[rows].max()) // 4) * 4, self.ids.shape[1])
         rows = torch.as_tensor(rows).to(self.ids.device, non_blocking=True)
         return self.ids[rows, :T], self.mask[rows, :T], self.labels[rows]
 
-def first_line(error):
-    """What a library's exception says, short enough for one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-
 def load_backbone(name, device="cpu", dtype=torch.float32, dropout=True):
     """The frozen encoder and its tokenizer, from the hub, a local folder, or "toy".  Raises InputError."""
+    off = {} if dropout else dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     if name == "toy":
-        backbone, tokenizer = toy_backbone(dropout)
+        backbone, tokenizer = toy_backbone(**off)
         return backbone.to(device, dtype).requires_grad_(False), tokenizer
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModel, AutoTokenizer, logging
     logging.set_verbosity_error()                  # "unused classifier weights": by intention
     logging.disable_progress_bar()
     # The attention that is fastest in training: on a CPU the fused one is slow in bf16, and only there.
     attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else "sdpa"
-    off = {} if dropout else dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    try:
+    with as_input_error(f"cannot load the backbone {name!r}", "; give a folder, --backbone DIR, or --toy"):
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
         backbone = AutoModel.from_pretrained(name, dtype=dtype, attn_implementation=attention,
                                              add_pooling_layer=False, **off)
-    except Exception as error:                     # of many kinds, which mean the same to a user
-        raise InputError(f"cannot load the backbone {name!r} ({first_line(error)}); give a local folder with "
-                         "--backbone DIR, or --toy, which needs no download") from None
     return backbone.to(device).requires_grad_(False), tokenizer
 
 def is_tsv(data):
@@ -251,7 +236,8 @@ def is_tsv(data):
 def read_rows(data, code, split):
     """[(place, text, label)] from a TSV folder, the hub, or a local folder that load_dataset understands."""
     path = Path(data, code, split + ".tsv")
-    try:
+    with as_input_error(f"cannot read {path}", "; it needs the columns category and text; offline, give a "
+                        "local folder with --data DIR, or --toy"):
         if is_tsv(data):
             with open(path, newline="", encoding="utf-8") as file:   # CSV with tabs: fields may be quoted
                 reader = csv.DictReader(file, delimiter="\t")
@@ -260,17 +246,10 @@ def read_rows(data, code, split):
         datasets.disable_progress_bars()
         rows = datasets.load_dataset(data, code, split={"dev": "validation"}.get(split, split))
         return [(f"{path} row {i}", row["text"], row["category"]) for i, row in enumerate(rows)]
-    except KeyError as error:
-        raise InputError(f"{path}: no column {error}; needs category and text") from None
-    except Exception as error:                     # no file, offline, no such config ...
-        raise InputError(f"cannot read {path} ({type(error).__name__}: {first_line(error)}); give a local "
-                         "folder with --data DIR, or --toy, which needs no download") from None
 
 def load_language(data, code, split, labels=None):
     """Texts and label names of one language; `split` is train, dev or test; `data` as in Config.
-
-    With `labels`, every label must be one of them.  Raises InputError that names the file and line.
-    """
+    With `labels`, every label must be one of them.  Raises InputError that names the file and line."""
     rows = toy_rows(code, split) if data == "toy" else read_rows(data, code, split)
     for place, text, label in rows:
         if not text or not text.strip():
@@ -280,11 +259,6 @@ def load_language(data, code, split, labels=None):
     if not rows:
         raise InputError(f"no {split} rows for {code} in {data}")
     return [text for _, text, _ in rows], [label for _, _, label in rows]
-
-def known_labels(data, codes):
-    """The labels of the training rows, sorted: a label's place here is its class number."""
-    names = {label for code in codes for label in load_language(data, code, "train")[1]}
-    return sorted(groups.LABELS if names > set(groups.LABELS) else names)    # an eighth in SIB-200 is a slip
 
 def encode(texts, names, languages, labels, tokenizer, device, max_length=164):
     """Tokenized texts with their label names and codes as a Split."""
@@ -302,10 +276,9 @@ def load_split(data, codes, split, labels, *encoding):
     return encode(texts, names, languages, labels, *encoding)
 
 # ------------------------------------------------------------------------------------------------- The toy
-
 TOY = dict(backbone="toy", data="toy", steps=300, lr=3e-3, prompt_lr=5e-2, max_length=32)
 
-def toy_backbone(dropout=True):
+def toy_backbone(**settings):
     """A random two-layer XLM-R over 70 topic words, 50 filler and 300 foreign ones, and its tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
@@ -316,16 +289,14 @@ def toy_backbone(dropout=True):
     core.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
                                         unk_token="<unk>", pad_token="<pad>")
-    rate = 0.1 if dropout else 0.0
     config = XLMRobertaConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=128, max_position_embeddings=130, type_vocab_size=1, initializer_range=0.1,
-        hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, type_vocab_size=1,
+        intermediate_size=128, max_position_embeddings=130, initializer_range=0.1, **settings)
     with torch.random.fork_rng(devices=[]):        # the same encoder whatever the seed, like a pretrained one
         torch.manual_seed(0)
         backbone = XLMRobertaModel(config, add_pooling_layer=False)
-        topics = backbone.get_input_embeddings().weight.data[4:74].view(7, 10, 64)     # a view
-        topics += torch.randn(7, 1, 64)            # words of one topic look alike, as after pretraining
+        topics = torch.randn(7, 64)                # words of one topic look alike, as after pretraining
+        backbone.get_input_embeddings().weight.data[4:74] += topics.repeat_interleave(10, dim=0)     # (70, H)
     return backbone, tokenizer
 
 def toy_rows(code, split):
@@ -333,7 +304,7 @@ def toy_rows(code, split):
     5 % of them do in seen languages, 90 % in low-performing ones, 65 % in the other unseen ones."""
     foreign = 0.05 if code in groups.SEEN else 0.9 if code in groups.LOW_PERFORMING else 0.65
     rng, rows = random.Random(f"{code} {split}"), []
-    for _ in range({"train": 140, "dev": 35, "test": 35}[split]):
+    for _ in range(140 if split == "train" else 35):
         topic, words = rng.randrange(7), [f"filler{rng.randrange(50)}" for _ in range(rng.randint(3, 6))]
         for _ in range(rng.randint(3, 6)):
             word = f"topic{10 * topic + rng.randrange(10)}"
@@ -342,22 +313,18 @@ def toy_rows(code, split):
     return rows
 
 # --------------------------------------------------------------------------------- Training and evaluation
-
 class Stopped(Exception):
     """SIGTERM or Ctrl-C arrived, and what was done so far is safe."""
-class NonFinite(Exception):
-    """The loss became infinite or NaN; the last checkpoint is untouched."""
 
 def predict(model, split, stop=(), tokens=8192):
     """Logits (N, C) of every sentence, in order: one pass by length, about `tokens` positions a batch."""
-    from tqdm import tqdm
     model.eval()
     order, at, parts, P = np.argsort(-split.lengths, kind="stable"), 0, [], len(model.prompt())
     with torch.no_grad(), tqdm(total=len(order), leave=False, disable=None, unit="sentence") as bar:
         while at < len(order):
             if stop:
                 raise Stopped
-            rows = order[at:at + max(1, tokens // (int(split.lengths[order[at]]) + P))].copy()
+            rows = order[at:at + max(1, tokens // (int(split.lengths[order[at]]) + P))]
             parts.append(model(*split.batch(rows)[:2]))                                      # (B, C)
             at += len(rows)
             bar.update(len(rows))
@@ -374,16 +341,12 @@ def evaluate(model, split, stop=()):
 
 def epoch_batches(lengths, size, seed, epoch):
     """The epoch's batches of row numbers: shuffled, similar lengths together (AUTHORS), shuffled again.
-
-    A function of (seed, epoch) alone, so that a resumed run needs no state of a data loader.
-    """
+    A function of (seed, epoch) alone, so that a resumed run needs no state of a data loader."""
     rng = np.random.default_rng((seed, epoch))
-    order, batches = rng.permutation(len(lengths)), []
-    pool = size * min(50, max(1, len(order) // (4 * size)))          # pools of batches, sorted within
-    for at in range(0, len(order), pool):
-        rows = order[at:at + pool]
-        rows = rows[np.argsort(-lengths[rows], kind="stable")]
-        batches += [rows[i:i + size] for i in range(0, len(rows), size)]
+    rows = rng.permutation(len(lengths))
+    pool = np.arange(len(rows)) // (size * min(50, max(1, len(rows) // (4 * size))))   # up to 50 batches each
+    rows = rows[np.lexsort((-lengths[rows], pool))]                  # sorted by length within their pool
+    batches = [rows[at:at + size] for at in range(0, len(rows), size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 def parameter_groups(model, cfg):
@@ -392,9 +355,8 @@ def parameter_groups(model, cfg):
     for name, p in model.named_parameters():
         lr, decay = cfg.lr, cfg.weight_decay
         if name.endswith("vectors"):                                 # PAPER 4.4: 5e-3, no decay, always
-            lr, decay = cfg.prompt_lr, 0.0
-            if released and cfg.method == "dual":                    # AUTHORS: the small rate in DUAL
-                lr = cfg.lr
+            small = released and cfg.method == "dual"                # AUTHORS: the small rate in DUAL
+            lr, decay = cfg.lr if small else cfg.prompt_lr, 0.0
         elif released and name.endswith("pseudo_prompt"):            # PAPER 4.4: a part of the encoder
             lr, decay = cfg.prompt_lr, 0.0                           # AUTHORS: the large rate, no decay
         elif released and name.endswith("bias"):                     # AUTHORS: no decay on biases
@@ -414,11 +376,8 @@ def copy_into(model, tensors):
 
 def train_epoch(model, data, optimizer, cfg, run, stop):
     """The rest of the epoch that `run` stands in; -> its mean loss.  No step waits for the device."""
-    from tqdm import tqdm
     batches = epoch_batches(data.lengths, cfg.batch_size, cfg.seed, len(run["curve"]))
     first = len(run["curve"]) * len(batches)                         # the epoch's first step
-    losses = torch.zeros(len(batches)) if run["losses"] is None else run["losses"]
-    run["losses"] = losses = losses.to(data.ids.device)
     model.train()
     bar = tqdm(range(run["step"], min(first + len(batches), cfg.steps)), initial=run["step"], total=cfg.steps,
                leave=False, disable=None, unit="step")
@@ -434,28 +393,31 @@ def train_epoch(model, data, optimizer, cfg, run, stop):
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
-        losses[step - first] = loss.detach()
+        run["epoch_losses"].append(loss.detach())
         run["step"], run["lr"] = step + 1, cfg.lr * factor
         if not bar.disable and step % 20 == 0:                       # on a terminal only: a GPU waits
-            dev = f"{run['curve'][-1]['dev_accuracy']:.1f}%" if run["curve"] else "-"
-            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {run['lr']:.1e}, dev {dev}", refresh=False)
-    losses = losses[:run["step"] - first].tolist()                   # here the host waits, once an epoch
+            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {run['lr']:.1e}", refresh=False)
+    losses = [loss.item() for loss in run["epoch_losses"]]           # here the host waits, once an epoch
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
             names = ", ".join(sorted(set(data.languages[batches[i]])))
-            raise NonFinite(f"step {first + i + 1}: loss {loss} on {names}; the last checkpoint is kept")
+            raise FloatingPointError(f"step {first + i + 1}: loss {loss} on {names}; last checkpoint kept")
     return sum(losses) / max(1, len(losses))
 
 def train(model, data, dev, cfg, folder, stop=(), state=None):
     """Train on the Split `data`, keep what is best on the Split `dev`; -> the record of the run (a dict).
-
-    An evaluation and a checkpoint end each epoch.  `state`, a checkpoint, is gone on from, and the end is the
-    same to the last bit.  Raises Stopped (after a checkpoint) and NonFinite (the last checkpoint stays).
-    """
+    An evaluation and a checkpoint end each epoch.  `state`, a checkpoint, is gone on from, to the last bit.
+    Raises Stopped (after a checkpoint), FloatingPointError (the last one stays), InputError (a misfit)."""
     optimizer = Adafactor(parameter_groups(model, cfg), lr=cfg.lr)
-    run = dict(step=0, curve=[], losses=None, lr=0.0, best=None, waited=0, seconds=0.0)
+    run = dict(step=0, curve=[], epoch_losses=[], lr=0.0, best=None, waited=0, seconds=0.0)
     if state:
-        restore(model, optimizer, run, state)
+        with as_input_error(f"{folder}/checkpoint.pt does not fit", "; choose another --out"):
+            copy_into(model, state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
+            run.update(state["run"])
+        print(f"going on from step {run['step']}")
     began = time.time() - run["seconds"]
     print("epoch    step    loss  dev loss   dev acc.  majority        lr  seconds     left")
     while not run["curve"] or (run["step"] < cfg.steps and run["waited"] < cfg.patience):
@@ -481,7 +443,7 @@ def record(run, model, cfg, loss, dev_loss, guess, labels):
     majority = float(100 * np.bincount(labels).max() / len(labels))
     curve.append(dict(epoch=len(curve) + 1, step=run["step"], loss=loss, dev_loss=dev_loss,
                       dev_accuracy=accuracy, majority=majority, lr=run["lr"]))
-    left, run["losses"] = run["seconds"] * (cfg.steps / max(1, run["step"]) - 1), None
+    left, run["epoch_losses"] = run["seconds"] * (cfg.steps / max(1, run["step"]) - 1), []
     row = "{epoch:5d} {step:7d} {loss:7.3f} {dev_loss:9.3f} {dev_accuracy:9.1f}% {majority:8.1f}% {lr:9.1e}"
     print(row.format(**curve[-1]), f"{run['seconds']:8.0f} {left:8.0f}", flush=True)
     if len(set(guess.tolist())) == 1:
@@ -489,76 +451,49 @@ def record(run, model, cfg, loss, dev_loss, guess, labels):
 
 # ------------------------------------------------------------------------------------------ The run folder
 # Whatever happens, a file there is whole, and an epoch is the most that can be lost.
-
 def write_file(path, write):
     """write(file) into `path` by way of a temporary name, so that `path` is the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    try:
-        with open(new, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-def write_text(path, text):
-    """A string into a file, atomically."""
-    write_file(path, lambda file: file.write(text.encode()))
+    with open(f"{path}.new", "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.new", path)
 
 def save_checkpoint(model, optimizer, run, cfg, folder):
     """Everything needed to go on, and log.csv."""
     state = dict(config=dataclasses.asdict(cfg), run=run, model=trainable(model), rng=torch.get_rng_state(),
-                 optimizer=optimizer.state_dict(),
-                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+                 optimizer=optimizer.state_dict(), cuda=torch.cuda.get_rng_state_all())
     write_file(folder / "checkpoint.pt", lambda file: torch.save(state, file))
     if run["curve"]:
         rows = [run["curve"][0].keys(), *(c.values() for c in run["curve"])]
-        write_text(folder / "log.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
-
-def restore(model, optimizer, run, state):
-    """Put a checkpoint's state back to where save_checkpoint took it from.  Raises InputError on a misfit."""
-    try:
-        copy_into(model, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda"])
-        run.update(state["run"])
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise InputError(f"checkpoint.pt does not fit ({first_line(error)}); choose another --out") from None
-    print(f"going on from step {run['step']}")
+        text = "".join(",".join(map(str, row)) + "\n" for row in rows)
+        write_file(folder / "log.csv", lambda file: file.write(text.encode()))
 
 def read_checkpoint(path):
     """What save_checkpoint wrote, read without unpickling code.  Raises InputError."""
-    try:
+    with as_input_error(f"{path}: not a checkpoint of this program", "; choose another --out"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {key: state[key] for key in ("config", "run", "model", "optimizer", "rng", "cuda")}
-    except Exception:                              # truncated, foreign, or not readable at all
-        raise InputError(f"{path}: not a checkpoint of this program; choose another --out") from None
+
+def read_json(path):
+    """The JSON object in a file.  Raises InputError."""
+    with as_input_error(f"{path}: cannot be read"):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 def claim_folder(cfg):
     """(folder, its result if finished, its checkpoint if interrupted) of a run named by what defines it.
-
-    Raises InputError where the folder holds a run with other settings, or cannot be written to.
-    """
+    Raises InputError where the folder holds a run with other settings, or cannot be written to."""
     share = round(100 * cfg.xpe_ratio) if cfg.method == "dual" else ""
     source = cfg.source.replace(",", "+")[:100]
     folder = Path(cfg.out, f"{'toy-' * cfg.toy}{cfg.method}{share}-{source}-s{cfg.seed}")
-    result = state = None
-    try:
+    with as_input_error(f"{folder}: cannot be used", "; choose another --out"):
         above = next(path for path in (folder, *folder.parents) if path.exists())
         tempfile.TemporaryFile(dir=above).close()                    # writable?  Leaves nothing
-        if (folder / "result.json").exists():
-            result = json.loads((folder / "result.json").read_text())
-        elif (folder / "checkpoint.pt").exists():
-            state = read_checkpoint(folder / "checkpoint.pt")
-        theirs = (result or state or {}).get("config", {})
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be used ({error.strerror}); choose another --out") from None
-    except (json.JSONDecodeError, AttributeError):
-        raise InputError(f"{folder}/result.json: not of this program; choose another --out") from None
+    finished, begun = folder / "result.json", folder / "checkpoint.pt"
+    result = read_json(finished) if finished.exists() else None
+    state = read_checkpoint(begun) if begun.exists() and not result else None
+    theirs = (result or state or {}).get("config", {})
     differ = [f"{key} ({theirs[key]} there, {mine} here)" for key, mine in dataclasses.asdict(cfg).items()
               if key != "out" and theirs.get(key, mine) != mine]
     if differ:
@@ -566,15 +501,12 @@ def claim_folder(cfg):
     return folder, result, state
 
 # ------------------------------------------------------------------------------------------------ Adapters
-# Finished prompt and head as PEFT loads them.  Needs torch, json, Path, InputError and the prompts' section.
-
+# As PEFT loads them.  Needs torch, json, Path, InputError, as_input_error, read_json, the prompts' section.
 HEAD = "base_model.classifier."                    # PEFT's name for the head; its two Linears follow
 
 def save_adapter(model, folder, base="", facts=None):
     """Write prompt (P, H) and head as a PEFT PROMPT_TUNING adapter for `base`; `facts` go into xpe.json.
-
-    Raises InputError for pool "bos": PEFT's head reads position 0.
-    """
+    Raises InputError for pool "bos": PEFT's head reads position 0."""
     from safetensors.torch import save_file
     if model.pool == "bos":
         raise InputError("PEFT's head reads position 0: pool 'bos' cannot be saved as an adapter")
@@ -592,26 +524,15 @@ def save_adapter(model, folder, base="", facts=None):
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     (folder / "xpe.json").write_text(json.dumps(facts or {}, indent=1))
 
-def adapter_config(folder):
-    """PEFT's description of the adapter in a folder.  Raises InputError."""
-    try:
-        return dict(json.loads(Path(folder, "adapter_config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder}: not a readable adapter (adapter_config.json: {error})") from None
-
 def load_adapter(folder, backbone):
     """A PromptedClassifier from our own folder, any PEFT PROMPT_TUNING one, or the authors' P_TUNING one.
-
     The authors' layout brings pseudo prompt and encoder, the others the finished prompt.  Raises InputError
-    that names a missing or surplus tensor or one of a wrong shape.  Only safetensors are read.
-    """
+    that names a missing or surplus tensor or one of a wrong shape.  Only safetensors are read."""
     from safetensors.torch import load_file
-    config = adapter_config(folder)
-    try:
+    config = read_json(Path(folder, "adapter_config.json"))
+    with as_input_error(f"{folder}: not a readable adapter"):
         tensors = load_file(Path(folder, "adapter_model.safetensors"))
         kind, P, H = config["peft_type"], int(config["num_virtual_tokens"]), backbone.config.hidden_size
-    except Exception as error:                     # no such file, not safetensors, no such key, no number
-        raise InputError(f"{folder}: not a readable adapter ({error})") from None
     shape = lambda name: [*tensors[name].shape, 0] if name in tensors else [0, 0]
     if kind == "PROMPT_TUNING":
         prompt, keys = SoftPrompt(P, H), {"vectors": "prompt_embeddings"}
@@ -627,10 +548,9 @@ def load_adapter(folder, backbone):
     for name, p in prompt.named_parameters():
         name = name.removeprefix("standard.").removeprefix("encoded.")
         wanted[keys.get(name) or name.replace("mlp.", "prompt_encoder.xpe_head.")] = p
-    wrong = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
-    wrong += [f"surplus {name}" for name in tensors.keys() - wanted.keys()]
-    wrong += [f"{name} is {tuple(tensors[name].shape)}, should be {tuple(wanted[name].shape)}"
-              for name in wanted.keys() & tensors.keys() if tensors[name].shape != wanted[name].shape]
+    there, here = ({name: tuple(t.shape) for name, t in some.items()} for some in (tensors, wanted))
+    wrong = [f"missing {name} {size}" for name, size in here.items() - there.items()]
+    wrong += [f"surplus {name} {size}" for name, size in there.items() - here.items()]
     if wrong:
         raise InputError(f"{folder}: {', '.join(sorted(wrong))}")
     for name, p in wanted.items():
@@ -638,45 +558,29 @@ def load_adapter(folder, backbone):
     return model
 
 # -------------------------------------------------------------------------------------------- Command line
-
-def closest(word, names):
-    """The end of an error line: the known names that look like `word`."""
-    near = difflib.get_close_matches(word, list(names), n=3, cutoff=0.4)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(list(names)[:8])}"
-
-def flag_of(field):
-    """prompt_lr -> --prompt-lr."""
-    return "--" + field.name.replace("_", "-")
-
 def check(cfg):
     """Raise InputError for what can be told without loading anything; fill in what other settings decide."""
+    least = dict(steps=0, seed=0, prompt_length=2 if cfg.method == "dual" else 1)     # two parts, two vectors
+    below = dict(warmup=1, dropout=1, head_dropout=1)
     for field in dataclasses.fields(cfg):
-        value, choices, flag = getattr(cfg, field.name), field.metadata["choices"], flag_of(field)
-        if choices and value not in choices:
-            raise InputError(f"unknown {flag} {value!r}; {closest(value, choices)}")
-        if field.type in (int, float) and value is not None:
-            least = 0 if field.type is float or field.name in ("steps", "seed") else 1
-            below = 1 if field.name in ("warmup", "dropout", "head_dropout") else math.inf
-            if not least <= value < below:
-                raise InputError(f"{flag} {value}: must be at least {least}, and below {below}")
-    ratio = 0.7 if cfg.xpe_ratio is None else cfg.xpe_ratio
+        value, low = getattr(cfg, field.name), least.get(field.name, 1 if field.type is int else 0)
+        high, flag = below.get(field.name, math.inf), "--" + field.name.replace("_", "-")
+        if field.type in (int, float) and value is not None and not low <= value < high:
+            raise InputError(f"{flag} {value}: must be at least {low}, and below {high}")
     if cfg.method != "dual" and cfg.xpe_ratio is not None:
         raise InputError(f"--xpe-ratio belongs to --method dual; {cfg.method} has none")
+    ratio = 0.7 if cfg.xpe_ratio is None else cfg.xpe_ratio
     if not 0 < ratio < 1:
         raise InputError(f"--xpe-ratio {ratio:g}: must lie between 0 (--method spt) and 1 (--method xpe)")
-    if cfg.method == "dual" and cfg.prompt_length < 2:
-        raise InputError("--prompt-length 1: dual needs 2 or more, for both parts")
     cfg.xpe_ratio = {"spt": 0.0, "xpe": 1.0, "dual": ratio}[cfg.method]
     if cfg.weight_decay is None:
         cfg.weight_decay = 0.01 if cfg.recipe == "released" else 0.1             # PAPER 4.4: 0.1
 
 def pick_device(name):
     """The torch device, or InputError where it is not there."""
-    try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    with as_input_error(f"--device {name}: not on this machine", "; use cpu or auto"):
         return torch.empty(0, device=auto if name == "auto" else name).device
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: not on this machine; use cpu or auto") from None
 
 def pick_languages(text, data, split):
     """Codes from "all", a source's name or a list with commas, each checked against what `data` has."""
@@ -685,17 +589,15 @@ def pick_languages(text, data, split):
         codes = sorted({path.parent.name for path in Path(data).glob("*/*.tsv")})
     elif Path(data).is_dir():
         from datasets import get_dataset_config_names
-        try:
+        with as_input_error(f"--data {data}: no data set in it"):
             codes = sorted(get_dataset_config_names(data))
-        except Exception as error:
-            raise InputError(f"--data {data}: no data set in it ({first_line(error)})") from None
     elif data.startswith((".", "/", "~")):
         raise InputError(f"--data {data}: no such folder")
     wanted = codes if text == "all" else groups.SOURCES.get(text) or [c.strip() for c in text.split(",")]
     for code in wanted:
         if code not in codes:
-            near = closest(code, [*codes, *groups.SOURCES])
-            raise InputError(f"unknown language {code!r} in {data}; {near}")
+            near = difflib.get_close_matches(code, [*codes, *groups.SOURCES], cutoff=0.4) or codes[:8]
+            raise InputError(f"unknown language {code!r} in {data}; there are: {', '.join(near)}")
         if is_tsv(data) and not Path(data, code, split + ".tsv").is_file():
             raise InputError(f"{Path(data, code, split + '.tsv')}: no such file")
     return list(dict.fromkeys(wanted))
@@ -716,11 +618,9 @@ def start_from(model, folder):
     path = Path(folder, "checkpoint.pt")
     best = read_checkpoint(path)["run"]["best"] if path.exists() else None
     best = best or trainable(load_adapter(folder, model.backbone))
-    try:
+    with as_input_error(f"--init-from {folder}: does not fit", "; a finished prompt has lost its encoder and "
+                        "goes on with --method spt only"):
         copy_into(model, best)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"--init-from {folder}: does not fit ({first_line(error)}); a finished prompt has "
-                         "lost its encoder and goes on with --method spt only") from None
 
 def run(cfg, stop=()):
     """One run, from the config to result.json; a finished run is only reported."""
@@ -731,7 +631,8 @@ def run(cfg, stop=()):
         return report(result)
     sources = pick_languages(cfg.source, cfg.data, "train")
     targets = pick_languages(cfg.languages, cfg.data, "test")
-    labels = known_labels(cfg.data, sources)
+    names = {name for code in sources for name in load_language(cfg.data, code, "train")[1]}
+    labels = sorted(groups.LABELS if names > set(groups.LABELS) else names)  # an eighth in SIB-200 is a slip
     torch.manual_seed(cfg.seed)                    # before anything is built
     backbone, tokenizer = backbone_of(cfg, device)
     prompt = build_prompt(cfg.method, cfg.prompt_length, backbone.config.hidden_size, cfg.xpe_ratio,
@@ -744,17 +645,17 @@ def run(cfg, stop=()):
     n, whole = (sum(p.numel() for p in ps) for ps in (trainable(model).values(), model.parameters()))
     print(f"{folder}: {n:,} of {whole:,} parameters train ({100 * n / whole:.2f} %) on {len(data.lengths):,} "
           f"sentences, {len(sources)} languages, {len(labels)} labels; {backbone.dtype}, {device}")
-    record = train(model, data, dev, cfg, folder, stop, state)
+    trained = train(model, data, dev, cfg, folder, stop, state)
     accuracy = evaluate(model.cache_prompt(), test, stop)[0]
     result = dict(config=dataclasses.asdict(cfg),
                   versions=dict(python=sys.version.split()[0], torch=torch.__version__),
-                  seconds=record["seconds"], trainable_parameters=n,
-                  dev_accuracy=max(c["dev_accuracy"] for c in record["curve"]), accuracy=accuracy,
-                  groups=groups.group_means(accuracy), dev_curve=record["curve"])
+                  seconds=trained["seconds"], trainable_parameters=n,
+                  dev_accuracy=max(c["dev_accuracy"] for c in trained["curve"]), accuracy=accuracy,
+                  groups=groups.group_means(accuracy), dev_curve=trained["curve"])
     if cfg.pool == "first":                        # another position, PEFT's layout cannot say
         facts = {key: result[key] for key in ("config", "dev_accuracy", "groups")}
         save_adapter(model, folder / "adapter", cfg.backbone, dict(labels=labels, languages=sources, **facts))
-    write_text(folder / "result.json", json.dumps(result, indent=1))
+    write_file(folder / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     return report(result)
 
 def report(result):
@@ -773,38 +674,38 @@ def report(result):
 
 def use_adapter(cfg, stop=()):
     """--load: accuracy of an adapter per language; with --predict, a label for each line of a text file."""
-    device = pick_device(cfg.device)
+    device, facts = pick_device(cfg.device), Path(cfg.load, "xpe.json")
+    adapter = read_json(Path(cfg.load, "adapter_config.json"))
     if cfg.backbone == Config.backbone:            # the default: the adapter knows better
-        cfg.backbone = adapter_config(cfg.load).get("base_model_name_or_path") or cfg.backbone
-    lines = read_lines(cfg.predict) if cfg.predict else None
-    targets = pick_languages(cfg.languages, cfg.data, "test") if lines is None else []
+        cfg.backbone = adapter.get("base_model_name_or_path") or cfg.backbone
+    with as_input_error(f"--load {cfg.load}: not a readable adapter"):
+        cfg.prompt_length = int(adapter["num_virtual_tokens"])
+    labels = (read_json(facts) if facts.exists() else {}).get("labels") or list(groups.LABELS)
+    lines = read_lines(cfg.predict) if cfg.predict else []
+    targets = [] if cfg.predict else pick_languages(cfg.languages, cfg.data, "test")
     backbone, tokenizer = backbone_of(cfg, device)
-    model, facts = load_adapter(cfg.load, backbone).cache_prompt(), Path(cfg.load, "xpe.json")
-    labels = json.loads(facts.read_text())["labels"] if facts.exists() else list(groups.LABELS)
+    model = load_adapter(cfg.load, backbone).cache_prompt()
     if len(labels) != model.head.out_proj.out_features:
         raise InputError(f"--load {cfg.load}: its head has not as many classes as the {len(labels)} labels")
     encoding = labels, tokenizer, device, cfg.max_length
-    if lines is None:
+    if not cfg.predict:
         accuracy = evaluate(model, load_split(cfg.data, targets, "test", *encoding), stop)[0]
-        return report(dict(config=dataclasses.asdict(cfg), accuracy=accuracy))
-    texts = [line for line in lines if line.strip()]
-    if texts:
-        split = encode(texts, labels[:1] * len(texts), [""] * len(texts), *encoding)
-        answers = zip(*(t.tolist() for t in predict(model, split, stop).softmax(-1).max(-1)))
-    for line in lines:                             # an empty line gets an empty answer
-        share, label = next(answers) if line.strip() else (None, None)
-        print("\t\t" + line if label is None else f"{labels[label]}\t{share:.4f}\t{line}")
+        report(dict(config=dataclasses.asdict(cfg), accuracy=accuracy))
+    elif lines:
+        split = encode(lines, labels[:1] * len(lines), [""] * len(lines), *encoding)
+        shares, classes = predict(model, split, stop).softmax(-1).max(-1)
+        for line, share, label in zip(lines, shares.tolist(), classes.tolist()):
+            print(f"{labels[label]}\t{share:.4f}\t{line}" if line.strip() else f"\t\t{line}")
 
 def read_lines(path):
     """The lines of a UTF-8 file, or of standard input for "-".  Raises InputError that names the line."""
-    try:
+    with as_input_error(f"--predict {path}: cannot be read"):
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        return raw.decode().replace("\r\n", "\n").removesuffix("\n").split("\n") if raw else []
-    except OSError as error:
-        raise InputError(f"--predict {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = raw[:error.start].count(b"\n") + 1
-        raise InputError(f"--predict {path}: line {line} is not UTF-8") from None
+    lines = raw.replace(b"\r\n", b"\n").removesuffix(b"\n").split(b"\n") if raw else []
+    for i, line in enumerate(lines):
+        with as_input_error(f"--predict {path}: line {i + 1} is not UTF-8"):
+            lines[i] = line.decode()
+    return lines
 
 def parse(argv):
     """The command line as a Config.  --toy changes defaults: what is given beside it still counts."""
@@ -812,10 +713,10 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
         kind = dict(action="store_true") if field.type is bool else dict(
-            type=field.type, default=field.default, metavar=field.type.__name__.upper())
+            type=field.type, default=field.default, choices=field.metadata["choices"] or None,
+            metavar=field.type.__name__.upper())
         shown = "" if field.default in (None, "", False) else f" [{field.default}]"
-        parser.add_argument(flag_of(field), help=field.metadata["help"] + shown, **kind)
-
+        parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"] + shown, **kind)
     def error(message):                            # argparse's own prints the usage too
         raise InputError(f"{message}; see --help")
     parser.error = error
@@ -836,7 +737,7 @@ def main(argv=None):
         code, message = 2, error
     except Stopped:
         code, message = 128 + stop[0], "stopped; the same command goes on from here"
-    except (NonFinite, OSError) as error:
+    except (FloatingPointError, OSError) as error:
         code, message = 1, error
     finally:
         for number, handler in before.items():
