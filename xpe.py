@@ -476,22 +476,17 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {key: state[key] for key in ("config", "run", "model", "optimizer", "rng", "cuda")}
 
-def read_json(path):
-    """The JSON object in a file.  Raises InputError."""
-    with as_input_error(f"{path}: cannot be read"):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-
 def claim_folder(cfg):
     """(folder, its result if finished, its checkpoint if interrupted) of a run named by what defines it.
     Raises InputError where the folder holds a run with other settings, or cannot be written to."""
     share = round(100 * cfg.xpe_ratio) if cfg.method == "dual" else ""
     source = cfg.source.replace(",", "+")[:100]
     folder = Path(cfg.out, f"{'toy-' * cfg.toy}{cfg.method}{share}-{source}-s{cfg.seed}")
-    with as_input_error(f"{folder}: cannot be used", "; choose another --out"):
+    finished, begun = folder / "result.json", folder / "checkpoint.pt"
+    with as_input_error(f"{folder}: not writable, or result.json not readable", "; choose another --out"):
         above = next(path for path in (folder, *folder.parents) if path.exists())
         tempfile.TemporaryFile(dir=above).close()                    # writable?  Leaves nothing
-    finished, begun = folder / "result.json", folder / "checkpoint.pt"
-    result = read_json(finished) if finished.exists() else None
+        result = dict(json.loads(finished.read_text())) if finished.exists() else None
     state = read_checkpoint(begun) if begun.exists() and not result else None
     theirs = (result or state or {}).get("config", {})
     differ = [f"{key} ({theirs[key]} there, {mine} here)" for key, mine in dataclasses.asdict(cfg).items()
@@ -501,7 +496,7 @@ def claim_folder(cfg):
     return folder, result, state
 
 # ------------------------------------------------------------------------------------------------ Adapters
-# As PEFT loads them.  Needs torch, json, Path, InputError, as_input_error, read_json, the prompts' section.
+# Finished prompt and head as PEFT loads them.  Needs torch, json, Path, InputError and the prompts' section.
 HEAD = "base_model.classifier."                    # PEFT's name for the head; its two Linears follow
 
 def save_adapter(model, folder, base="", facts=None):
@@ -524,15 +519,24 @@ def save_adapter(model, folder, base="", facts=None):
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     (folder / "xpe.json").write_text(json.dumps(facts or {}, indent=1))
 
+def read_adapter(folder):
+    """PEFT's config of the adapter in a folder, `labels` if known, and its tensors.  Raises InputError."""
+    from safetensors.torch import load_file
+    facts = Path(folder, "xpe.json")               # save_adapter's; others have none
+    try:
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        config["labels"] = json.loads(facts.read_text()).get("labels") if facts.exists() else None
+        config.update(peft_type=config["peft_type"], num_virtual_tokens=int(config["num_virtual_tokens"]))
+        return config, load_file(Path(folder, "adapter_model.safetensors"))
+    except Exception as error:                     # no such file, not safetensors, no such key, no number
+        raise InputError(f"{folder}: not a readable adapter ({type(error).__name__}: {error})") from None
+
 def load_adapter(folder, backbone):
     """A PromptedClassifier from our own folder, any PEFT PROMPT_TUNING one, or the authors' P_TUNING one.
     The authors' layout brings pseudo prompt and encoder, the others the finished prompt.  Raises InputError
     that names a missing or surplus tensor or one of a wrong shape.  Only safetensors are read."""
-    from safetensors.torch import load_file
-    config = read_json(Path(folder, "adapter_config.json"))
-    with as_input_error(f"{folder}: not a readable adapter"):
-        tensors = load_file(Path(folder, "adapter_model.safetensors"))
-        kind, P, H = config["peft_type"], int(config["num_virtual_tokens"]), backbone.config.hidden_size
+    config, tensors = read_adapter(folder)
+    kind, P, H = config["peft_type"], config["num_virtual_tokens"], backbone.config.hidden_size
     shape = lambda name: [*tensors[name].shape, 0] if name in tensors else [0, 0]
     if kind == "PROMPT_TUNING":
         prompt, keys = SoftPrompt(P, H), {"vectors": "prompt_embeddings"}
@@ -674,13 +678,10 @@ def report(result):
 
 def use_adapter(cfg, stop=()):
     """--load: accuracy of an adapter per language; with --predict, a label for each line of a text file."""
-    device, facts = pick_device(cfg.device), Path(cfg.load, "xpe.json")
-    adapter = read_json(Path(cfg.load, "adapter_config.json"))
+    device, (adapter, _) = pick_device(cfg.device), read_adapter(cfg.load)
+    labels, cfg.prompt_length = adapter["labels"] or list(groups.LABELS), adapter["num_virtual_tokens"]
     if cfg.backbone == Config.backbone:            # the default: the adapter knows better
         cfg.backbone = adapter.get("base_model_name_or_path") or cfg.backbone
-    with as_input_error(f"--load {cfg.load}: not a readable adapter"):
-        cfg.prompt_length = int(adapter["num_virtual_tokens"])
-    labels = (read_json(facts) if facts.exists() else {}).get("labels") or list(groups.LABELS)
     lines = read_lines(cfg.predict) if cfg.predict else []
     targets = [] if cfg.predict else pick_languages(cfg.languages, cfg.data, "test")
     backbone, tokenizer = backbone_of(cfg, device)
