@@ -160,7 +160,7 @@ class Adafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 update = self.update(p.grad, self.state[p], group)
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+                p.add_(p, alpha=-group["lr"] * group["weight_decay"]).sub_(update * group["lr"])
         return loss
     def update(self, g, state, group):
         """A gradient, normalised and clipped; advances its running averages."""
@@ -396,7 +396,8 @@ def train_epoch(model, data, optimizer, cfg, run, stop):
         run["epoch_losses"].append(loss.detach())
         run["step"], run["lr"] = step + 1, cfg.lr * factor
         if not bar.disable and step % 20 == 0:                       # on a terminal only: a GPU waits
-            bar.set_postfix_str(f"loss {loss.item():.3f}, lr {run['lr']:.1e}", refresh=False)
+            dev = max((c["dev_accuracy"] for c in run["curve"]), default=math.nan)
+            bar.set_postfix_str(f"loss {loss.item():.3f} lr {run['lr']:.1e} dev {dev:.1f}%", refresh=False)
     losses = [loss.item() for loss in run["epoch_losses"]]           # here the host waits, once an epoch
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
@@ -466,9 +467,8 @@ def save_checkpoint(model, optimizer, run, cfg, folder):
                  optimizer=optimizer.state_dict(), cuda=torch.cuda.get_rng_state_all())
     write_file(folder / "checkpoint.pt", lambda file: torch.save(state, file))
     if run["curve"]:
-        rows = [run["curve"][0].keys(), *(c.values() for c in run["curve"])]
-        text = "".join(",".join(map(str, row)) + "\n" for row in rows)
-        write_file(folder / "log.csv", lambda file: file.write(text.encode()))
+        rows = [",".join(map(str, row)) for row in (run["curve"][0], *(c.values() for c in run["curve"]))]
+        write_file(folder / "log.csv", lambda file: file.write("\n".join([*rows, ""]).encode()))
 
 def read_checkpoint(path):
     """What save_checkpoint wrote, read without unpickling code.  Raises InputError."""
@@ -547,7 +547,7 @@ def load_adapter(folder, backbone):
         keys = {"vectors": parts + "embedding.weight", "pseudo_prompt": parts + "xpe_embedding.weight"}
     else:
         raise InputError(f"{folder}: peft_type {kind} is neither PROMPT_TUNING nor P_TUNING")
-    model = PromptedClassifier(backbone, prompt, shape(HEAD + "out_proj.weight")[0]).to(backbone.device)
+    model = PromptedClassifier(backbone, prompt, shape(HEAD + "out_proj.weight")[0] or 1).to(backbone.device)
     wanted = {HEAD + name: p for name, p in model.head.named_parameters()}
     for name, p in prompt.named_parameters():
         name = name.removeprefix("standard.").removeprefix("encoded.")
@@ -570,7 +570,7 @@ def check(cfg):
         value, low = getattr(cfg, field.name), least.get(field.name, 1 if field.type is int else 0)
         high, flag = below.get(field.name, math.inf), "--" + field.name.replace("_", "-")
         if field.type in (int, float) and value is not None and not low <= value < high:
-            raise InputError(f"{flag} {value}: must be at least {low}, and below {high}")
+            raise InputError(f"{flag} {value}: must be at least {low}" + f", below {high}" * (high < math.inf))
     if cfg.method != "dual" and cfg.xpe_ratio is not None:
         raise InputError(f"--xpe-ratio belongs to --method dual; {cfg.method} has none")
     ratio = 0.7 if cfg.xpe_ratio is None else cfg.xpe_ratio
