@@ -570,7 +570,7 @@ def check(cfg):
         value, low = getattr(cfg, field.name), least.get(field.name, 1 if field.type is int else 0)
         high, flag = below.get(field.name, math.inf), "--" + field.name.replace("_", "-")
         if field.type in (int, float) and value is not None and not low <= value < high:
-            raise InputError(f"{flag} {value}: must be at least {low}" + f", below {high}" * (high < math.inf))
+            raise InputError(f"{flag} {value}: must be {low} or more" + f", below {high}" * (high < math.inf))
     if cfg.method != "dual" and cfg.xpe_ratio is not None:
         raise InputError(f"--xpe-ratio belongs to --method dual; {cfg.method} has none")
     ratio = 0.7 if cfg.xpe_ratio is None else cfg.xpe_ratio
