@@ -396,8 +396,8 @@ def train_epoch(model, data, optimizer, cfg, run, stop):
         run["epoch_losses"].append(loss.detach())
         run["step"], run["lr"] = step + 1, cfg.lr * factor
         if not bar.disable and step % 20 == 0:                       # on a terminal only: a GPU waits
-            dev = max((c["dev_accuracy"] for c in run["curve"]), default=math.nan)
-            bar.set_postfix_str(f"loss {loss.item():.3f} lr {run['lr']:.1e} dev {dev:.1f}%", refresh=False)
+            dev = f"{run['curve'][-1]['dev_accuracy']:.1f}%" if run["curve"] else "-"
+            bar.set_postfix_str(f"loss {loss.item():.3f} lr {run['lr']:.1e} dev {dev}", refresh=False)
     losses = [loss.item() for loss in run["epoch_losses"]]           # here the host waits, once an epoch
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
