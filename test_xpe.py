@@ -250,7 +250,8 @@ def test_epoch_batches_cover_every_row_once():
 
 def test_predictions_keep_the_order_and_equal_one_by_one():
     model, codes, labels = model_of(), ["eng_Latn", "nqo_Nkoo"], list(groups.LABELS)
-    split = xpe.load_split("toy", codes, "test", labels, xpe.load_backbone("toy")[1], torch.device("cpu"), 32)
+    texts = xpe.load_texts("toy", codes, "test", labels)
+    split = xpe.encode(*texts, labels, xpe.load_backbone("toy")[1], torch.device("cpu"), 32)
     texts, names = (sum(both, []) for both in zip(*[xpe.load_language("toy", c, "test") for c in codes]))
     expected = by_hand(model.backbone, model.prompt(), model.head.state_dict(), texts)
     assert close(xpe.predict(model, split, tokens=200), expected, 1e-6)
@@ -334,6 +335,18 @@ def test_non_finite_loss_names_step_and_languages(own, tmp_path, monkeypatch, ca
     monkeypatch.undo()
     assert result(launch(tmp_path / "out", *argv))["dev_curve"][-1]["step"] == 40
 
+def test_non_finite_dev_loss_keeps_the_checkpoint(tmp_path, capsys):
+    rates = ["--lr", "1e30", "--prompt-lr", "1e30", "--warmup", "0"]                # one step breaks the weights
+    assert xpe.main(["--toy", *SHORT, "4", "--batch-size", "1000", "--out", str(tmp_path), *rates]) == 1
+    assert "dev loss" in capsys.readouterr().err and not list(tmp_path.glob("*/checkpoint.pt"))
+
+def test_start_is_not_broadcast(tmp_path, capsys):
+    short = ["--toy", *SHORT, "0", "--method", "spt", "--out", str(tmp_path / "a"), "--prompt-length"]
+    assert xpe.main([*short, "1"]) == 0
+    start = str(next((tmp_path / "a").iterdir()))
+    assert xpe.main([*short, "20", "--out", str(tmp_path / "b"), "--init-from", start]) == 2
+    assert "does not fit" in capsys.readouterr().err
+
 # ----------------------------------------------------------------------------------------------- Bad input
 
 @pytest.mark.parametrize("argv, words", [
@@ -352,6 +365,7 @@ def test_non_finite_loss_names_step_and_languages(own, tmp_path, monkeypatch, ca
     ("--lr nan", ["--lr nan"]),
     ("--batch-size 0", ["--batch-size 0"]),
     ("--colour red", ["--colour"]),
+    ("--predict {tmp}/file", ["--predict", "--load"]),
     ("--device cuda:77", ["cuda:77"]),
     ("--device abacus", ["abacus"]),
     ("--backbone {tmp}/none", ["none", "--backbone DIR", "--toy"]),

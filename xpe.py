@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tqdm import tqdm
-
 import groups
 
 # ------------------------------------------------------------------------------------------- Configuration
@@ -131,7 +130,7 @@ class PromptedClassifier(torch.nn.Module):
         P = len(prompt)
         x = torch.cat([prompt.expand(len(words), -1, -1), words], dim=1)                     # (B, P + T, H)
         mask = torch.nn.functional.pad(attention_mask, (P, 0), value=1)                      # (B, P + T)
-        # The backbone adds positions 0 .. P+T-1 and LayerNorm itself: the prompt enters below both.
+        # The backbone adds positions, running on from prompt to text, and LayerNorm: the prompt enters below.
         states = self.backbone(inputs_embeds=x, attention_mask=mask).last_hidden_state       # (B, P + T, H)
         # AUTHORS: their head, like PEFT's, reads position 0: the first virtual token, not <s>.
         return self.head(states[:, P if self.pool == "bos" else 0].float())                  # (B, C)
@@ -147,9 +146,8 @@ class PromptedClassifier(torch.nn.Module):
 class Adafactor(torch.optim.Optimizer):
     """Adafactor (Shazeer and Stern, 2018) with an external learning rate and no momentum.
     Of the running average V of the squared gradient (R, C) only row and column means are kept, R + C numbers:
-    V ~ row col^T / mean(row).  Smaller tensors keep V whole.  The update G / sqrt(V) is divided by
-    max(1, RMS / clip_threshold); weight decay is decoupled.  Equal to transformers' Adafactor with
-    scale_parameter, relative_step and warmup_init off, as in the authors' program."""
+    V ~ row col^T / mean(row).  Smaller tensors keep V whole.  G / sqrt(V) is clipped to RMS clip_threshold.
+    Decay is decoupled.  Equal to transformers' with scale_parameter, relative_step and warmup_init off."""
     def __init__(self, params, lr, weight_decay=0.0, clip_threshold=1.0, decay_rate=-0.8, eps=1e-30):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, clip_threshold=clip_threshold,
                                       decay_rate=decay_rate, eps=eps))
@@ -200,7 +198,7 @@ def as_input_error(problem, remedy=""):
         raise InputError(f"{problem} ({type(error).__name__}: {reason}){remedy}") from error
 
 class Split(NamedTuple):
-    """Sentences of one or more languages, on the device as a whole: 205 languages are some 60 MB."""
+    """Sentences of one or more languages, on the device as a whole: 100 to 200 MB for 205 languages."""
     ids: torch.Tensor             # (N, L) token ids, right-padded
     mask: torch.Tensor            # (N, L) 1 on tokens, 0 on padding
     labels: torch.Tensor          # (N,)
@@ -231,7 +229,7 @@ def load_backbone(name, device="cpu", dtype=torch.float32, dropout=True):
 
 def is_tsv(data):
     """Whether `data` is a folder in SIB-200's own layout, <code>/{train,dev,test}.tsv."""
-    return any(Path(data).glob("*/*.tsv"))
+    return data != "toy" and any(Path(data).glob("*/*.tsv"))
 
 def read_rows(data, code, split):
     """[(place, text, label)] from a TSV folder, the hub, or a local folder that load_dataset understands."""
@@ -267,13 +265,13 @@ def encode(texts, names, languages, labels, tokenizer, device, max_length=164):
     return Split(e["input_ids"].to(device), e["attention_mask"].to(device), y,
                  e["attention_mask"].sum(1).numpy(), np.array(languages))
 
-def load_split(data, codes, split, labels, *encoding):
-    """One Split with all sentences of `codes`; `encoding` is encode's tokenizer, device and max_length."""
+def load_texts(data, codes, split, labels):
+    """(texts, label names, codes) of all sentences of `codes`, each a list."""
     texts, names, languages = [], [], []
     for code in codes:
         t, n = load_language(data, code, split, labels)
         texts, names, languages = texts + t, names + n, languages + [code] * len(t)
-    return encode(texts, names, languages, labels, *encoding)
+    return texts, names, languages
 
 # ------------------------------------------------------------------------------------------------- The toy
 TOY = dict(backbone="toy", data="toy", steps=300, lr=3e-3, prompt_lr=5e-2, max_length=32)
@@ -313,9 +311,6 @@ def toy_rows(code, split):
     return rows
 
 # --------------------------------------------------------------------------------- Training and evaluation
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C arrived, and what was done so far is safe."""
-
 def predict(model, split, stop=(), tokens=8192):
     """Logits (N, C) of every sentence, in order: one pass by length, about `tokens` positions a batch."""
     model.eval()
@@ -323,7 +318,7 @@ def predict(model, split, stop=(), tokens=8192):
     with torch.no_grad(), tqdm(total=len(order), leave=False, disable=None, unit="sentence") as bar:
         while at < len(order):
             if stop:
-                raise Stopped
+                raise KeyboardInterrupt
             rows = order[at:at + max(1, tokens // (int(split.lengths[order[at]]) + P))]
             parts.append(model(*split.batch(rows)[:2]))                                      # (B, C)
             at += len(rows)
@@ -340,8 +335,7 @@ def evaluate(model, split, stop=()):
     return {code: float(100 * right[split.languages == code].mean()) for code in codes}, loss, guess
 
 def epoch_batches(lengths, size, seed, epoch):
-    """The epoch's batches of row numbers: shuffled, similar lengths together (AUTHORS), shuffled again.
-    A function of (seed, epoch) alone, so that a resumed run needs no state of a data loader."""
+    """Row numbers (B,) of each batch, similar lengths together (AUTHORS); no state but (seed, epoch)."""
     rng = np.random.default_rng((seed, epoch))
     rows = rng.permutation(len(lengths))
     pool = np.arange(len(rows)) // (size * min(50, max(1, len(rows) // (4 * size))))   # up to 50 batches each
@@ -372,7 +366,7 @@ def trainable(model):
 def copy_into(model, tensors):
     """Write {name: tensor} into a model's trainable parameters; KeyError or RuntimeError on a misfit."""
     for name, p in trainable(model).items():
-        p.copy_(tensors[name])
+        p.copy_(tensors[name].view(p.shape))       # no broadcasting
 
 def train_epoch(model, data, optimizer, cfg, run, stop):
     """The rest of the epoch that `run` stands in; -> its mean loss.  No step waits for the device."""
@@ -408,7 +402,7 @@ def train_epoch(model, data, optimizer, cfg, run, stop):
 def train(model, data, dev, cfg, folder, stop=(), state=None):
     """Train on the Split `data`, keep what is best on the Split `dev`; -> the record of the run (a dict).
     An evaluation and a checkpoint end each epoch.  `state`, a checkpoint, is gone on from, to the last bit.
-    Raises Stopped (after a checkpoint), FloatingPointError (the last one stays), InputError (a misfit)."""
+    Raises KeyboardInterrupt (a checkpoint is made), FloatingPointError (the last stays), InputError."""
     optimizer = Adafactor(parameter_groups(model, cfg), lr=cfg.lr)
     run = dict(step=0, curve=[], epoch_losses=[], lr=0.0, best=None, waited=0, seconds=0.0)
     if state:
@@ -425,9 +419,11 @@ def train(model, data, dev, cfg, folder, stop=(), state=None):
         try:
             loss = train_epoch(model, data, optimizer, cfg, run, stop)
             _, dev_loss, guess = evaluate(model, dev, stop)
-        except Stopped:
+        except KeyboardInterrupt:                  # `stop` holds a signal
             save_checkpoint(model, optimizer, run, cfg, folder)
             raise
+        if not math.isfinite(dev_loss):            # the epoch's last update broke it
+            raise FloatingPointError(f"step {run['step']}: dev loss {dev_loss}; last checkpoint kept")
         run["seconds"] = time.time() - began
         record(run, model, cfg, loss, dev_loss, guess, dev.labels.cpu().numpy())
         save_checkpoint(model, optimizer, run, cfg, folder)
@@ -451,7 +447,6 @@ def record(run, model, cfg, loss, dev_loss, guess, labels):
         print("      warning: every dev sentence is predicted as one class; try more steps or other rates")
 
 # ------------------------------------------------------------------------------------------ The run folder
-# Whatever happens, a file there is whole, and an epoch is the most that can be lost.
 def write_file(path, write):
     """write(file) into `path` by way of a temporary name, so that `path` is the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -542,8 +537,8 @@ def load_adapter(folder, backbone):
         prompt, keys = SoftPrompt(P, H), {"vectors": "prompt_embeddings"}
     elif kind == "P_TUNING":
         n, parts = shape("prompt_encoder.xpe_embedding.weight")[0], "prompt_encoder."
-        prompt = build_prompt("spt" if n == 0 else "xpe" if n >= P else "dual", P, H, n / P,
-                              mlp_hidden=shape(parts + "xpe_head.0.weight")[0])
+        prompt = build_prompt("spt" if n == 0 else "xpe" if n >= P else "dual", P, H, n / max(P, 1),
+                              mlp_hidden=shape(parts + "xpe_head.0.weight")[0] or 256)
         keys = {"vectors": parts + "embedding.weight", "pseudo_prompt": parts + "xpe_embedding.weight"}
     else:
         raise InputError(f"{folder}: peft_type {kind} is neither PROMPT_TUNING nor P_TUNING")
@@ -571,6 +566,8 @@ def check(cfg):
         high, flag = below.get(field.name, math.inf), "--" + field.name.replace("_", "-")
         if field.type in (int, float) and value is not None and not low <= value < high:
             raise InputError(f"{flag} {value}: must be {low} or more" + f", below {high}" * (high < math.inf))
+    if cfg.predict and not cfg.load:
+        raise InputError("--predict needs --load, the folder of an adapter")
     if cfg.method != "dual" and cfg.xpe_ratio is not None:
         raise InputError(f"--xpe-ratio belongs to --method dual; {cfg.method} has none")
     ratio = 0.7 if cfg.xpe_ratio is None else cfg.xpe_ratio
@@ -591,7 +588,7 @@ def pick_languages(text, data, split):
     codes = list(groups.LANGUAGES)                 # of SIB-200; a folder's own otherwise
     if is_tsv(data):
         codes = sorted({path.parent.name for path in Path(data).glob("*/*.tsv")})
-    elif Path(data).is_dir():
+    elif data != "toy" and Path(data).is_dir():
         from datasets import get_dataset_config_names
         with as_input_error(f"--data {data}: no data set in it"):
             codes = sorted(get_dataset_config_names(data))
@@ -620,11 +617,10 @@ def backbone_of(cfg, device):
 def start_from(model, folder):
     """Copy prompt and head of another run, or of an adapter in any of the three layouts, into `model`."""
     path = Path(folder, "checkpoint.pt")
-    best = read_checkpoint(path)["run"]["best"] if path.exists() else None
-    best = best or trainable(load_adapter(folder, model.backbone))
-    with as_input_error(f"--init-from {folder}: does not fit", "; a finished prompt has lost its encoder and "
-                        "goes on with --method spt only"):
-        copy_into(model, best)
+    with as_input_error(f"--init-from {folder}: does not fit", "; --method and prompt length must be "
+                        "the same; a finished prompt has no encoder and goes on as --method spt"):
+        best = read_checkpoint(path)["run"]["best"] if path.exists() else None
+        copy_into(model, best or trainable(load_adapter(folder, model.backbone)))
 
 def run(cfg, stop=()):
     """One run, from the config to result.json; a finished run is only reported."""
@@ -637,6 +633,8 @@ def run(cfg, stop=()):
     targets = pick_languages(cfg.languages, cfg.data, "test")
     names = {name for code in sources for name in load_language(cfg.data, code, "train")[1]}
     labels = sorted(groups.LABELS if names > set(groups.LABELS) else names)  # an eighth in SIB-200 is a slip
+    texts = [load_texts(cfg.data, codes, split, labels)              # before the backbone, which takes long
+             for codes, split in ((sources, "train"), (sources, "dev"), (targets, "test"))]
     torch.manual_seed(cfg.seed)                    # before anything is built
     backbone, tokenizer = backbone_of(cfg, device)
     prompt = build_prompt(cfg.method, cfg.prompt_length, backbone.config.hidden_size, cfg.xpe_ratio,
@@ -644,18 +642,16 @@ def run(cfg, stop=()):
     model = PromptedClassifier(backbone, prompt, len(labels), cfg.pool, cfg.head_dropout).to(device)
     if cfg.init_from:
         start_from(model, cfg.init_from)
-    data, dev, test = (load_split(cfg.data, codes, split, labels, tokenizer, device, cfg.max_length)
-                       for codes, split in ((sources, "train"), (sources, "dev"), (targets, "test")))
+    data, dev, test = (encode(*rows, labels, tokenizer, device, cfg.max_length) for rows in texts)
     n, whole = (sum(p.numel() for p in ps) for ps in (trainable(model).values(), model.parameters()))
     print(f"{folder}: {n:,} of {whole:,} parameters train ({100 * n / whole:.2f} %) on {len(data.lengths):,} "
           f"sentences, {len(sources)} languages, {len(labels)} labels; {backbone.dtype}, {device}")
     trained = train(model, data, dev, cfg, folder, stop, state)
     accuracy = evaluate(model.cache_prompt(), test, stop)[0]
-    result = dict(config=dataclasses.asdict(cfg),
-                  versions=dict(python=sys.version.split()[0], torch=torch.__version__),
-                  seconds=trained["seconds"], trainable_parameters=n,
-                  dev_accuracy=max(c["dev_accuracy"] for c in trained["curve"]), accuracy=accuracy,
-                  groups=groups.group_means(accuracy), dev_curve=trained["curve"])
+    result = dict(config=dataclasses.asdict(cfg), seconds=trained["seconds"], trainable_parameters=n,
+                  versions=dict(torch=torch.__version__, dtype=str(backbone.dtype), device=str(device)),
+                  dev_accuracy=max(c["dev_accuracy"] for c in trained["curve"]), dev_curve=trained["curve"],
+                  accuracy=accuracy, groups=groups.group_means(accuracy))
     if cfg.pool == "first":                        # another position, PEFT's layout cannot say
         facts = {key: result[key] for key in ("config", "dev_accuracy", "groups")}
         save_adapter(model, folder / "adapter", cfg.backbone, dict(labels=labels, languages=sources, **facts))
@@ -684,13 +680,14 @@ def use_adapter(cfg, stop=()):
         cfg.backbone = adapter.get("base_model_name_or_path") or cfg.backbone
     lines = read_lines(cfg.predict) if cfg.predict else []
     targets = [] if cfg.predict else pick_languages(cfg.languages, cfg.data, "test")
+    rows = load_texts(cfg.data, targets, "test", labels)
     backbone, tokenizer = backbone_of(cfg, device)
     model = load_adapter(cfg.load, backbone).cache_prompt()
     if len(labels) != model.head.out_proj.out_features:
         raise InputError(f"--load {cfg.load}: its head has not as many classes as the {len(labels)} labels")
     encoding = labels, tokenizer, device, cfg.max_length
     if not cfg.predict:
-        accuracy = evaluate(model, load_split(cfg.data, targets, "test", *encoding), stop)[0]
+        accuracy = evaluate(model, encode(*rows, *encoding), stop)[0]
         report(dict(config=dataclasses.asdict(cfg), accuracy=accuracy))
     elif lines:
         split = encode(lines, labels[:1] * len(lines), [""] * len(lines), *encoding)
@@ -728,7 +725,10 @@ def parse(argv):
 def main(argv=None):
     """The command line; -> exit code: 0 done, 1 the run failed, 2 wrong input, 128 + signal when stopped."""
     stop = []
-    before = {n: signal.signal(n, lambda n, frame: stop.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
+    def note(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)      # a second one ends at once, whatever is under way
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         cfg = parse(argv)
         check(cfg)
@@ -736,7 +736,7 @@ def main(argv=None):
         return 0
     except InputError as error:
         code, message = 2, error
-    except Stopped:
+    except KeyboardInterrupt:
         code, message = 128 + stop[0], "stopped; the same command goes on from here"
     except (FloatingPointError, OSError) as error:
         code, message = 1, error
