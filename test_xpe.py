@@ -502,6 +502,10 @@ def test_released_layout_by_hand(standard, encoded, tmp_path):
     model = xpe.load_adapter(folder, xpe.load_backbone("toy")[0]).eval()
     assert close(model.prompt(), prompt, 1e-5)
     assert close(logits(model), by_hand(model.backbone, prompt, head, TEXTS), 1e-5)
+    method = "xpe" if standard == 0 else "spt" if encoded == 0 else "dual"           # --init-from keeps the encoder
+    started = xpe.PromptedClassifier(model.backbone, xpe.build_prompt(method, 4, 64, 0.75, mlp_hidden=16), 7).eval()
+    xpe.start_from(started, folder)
+    assert torch.equal(started.prompt(), model.prompt()) and torch.equal(logits(started), logits(model))
 
 @pytest.mark.parametrize("change, words", [
     (dict(prompt_embeddings=None), ["missing", "prompt_embeddings"]),
@@ -569,11 +573,15 @@ def test_init_from_a_run_or_an_adapter(runs, tiny, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------- Files as text
 
+def section(title):
+    """The text of xpe.py's section of this title."""
+    parts = re.split(r"^# -{20,}\s*", (HERE / "xpe.py").read_text(encoding="utf-8"), flags=re.M)
+    return next(part for part in parts if part.startswith(title))
+
 def pasted(title):
     """What xpe.py's section of this title defines when run alone: nothing but torch is there."""
-    parts = re.split(r"^# -{20,}\s*", (HERE / "xpe.py").read_text(encoding="utf-8"), flags=re.M)
-    section, names = next(part for part in parts if part.startswith(title)), dict(torch=torch)
-    exec("#" + section, names)
+    names = dict(torch=torch)
+    exec("#" + section(title), names)
     return names
 
 def test_sections_can_be_copied_alone():
@@ -586,6 +594,21 @@ def test_sections_can_be_copied_alone():
     assert close(p, torch.tensor([0.9, 1.1]), 1e-6)
     factors = [names["cosine_with_restarts"](step, 2, 10) for step in (1, 2, 4, 6, 10)]
     assert factors == pytest.approx([0.5, 1, 0.5, 1, 0])
+
+def test_readmes_copying_section_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (HERE / "README.md").read_text(encoding="utf-8").split("## Copying from it")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    ids = torch.full((2, 6), 5)
+    names = pasted("The prompts") | dict(json=json, Path=Path, InputError=type("InputError", (ValueError,), {}))
+    names |= dict(Adafactor=xpe.Adafactor, backbone=xpe.load_backbone("toy")[0], input_ids=ids,
+                  attention_mask=torch.ones_like(ids))
+    exec(blocks[0].replace("1024", "64"), names)                     # the toy's hidden size
+    assert names["logits"].shape == (2, 7) and len(names["free"]) == 1
+    exec("#" + section("Adapters"), names)
+    before = names["model"].cache_prompt()(ids, torch.ones_like(ids))
+    exec(blocks[1], names)
+    assert torch.equal(names["model"].eval()(ids, torch.ones_like(ids)), before)
 
 def test_size_of_the_file():
     lines = (HERE / "xpe.py").read_text(encoding="utf-8").splitlines()
