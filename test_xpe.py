@@ -336,7 +336,7 @@ def test_non_finite_loss_names_step_and_languages(own, tmp_path, monkeypatch, ca
     assert result(launch(tmp_path / "out", *argv))["dev_curve"][-1]["step"] == 40
 
 def test_non_finite_dev_loss_keeps_the_checkpoint(tmp_path, capsys):
-    rates = ["--lr", "1e30", "--prompt-lr", "1e30", "--warmup", "0"]                # one step breaks the weights
+    rates = ["--lr", "1e30", "--prompt-lr", "1e30", "--warmup", "0"]  # one step breaks the weights
     assert xpe.main(["--toy", *SHORT, "4", "--batch-size", "1000", "--out", str(tmp_path), *rates]) == 1
     assert "dev loss" in capsys.readouterr().err and not list(tmp_path.glob("*/checkpoint.pt"))
 
@@ -502,8 +502,9 @@ def test_released_layout_by_hand(standard, encoded, tmp_path):
     model = xpe.load_adapter(folder, xpe.load_backbone("toy")[0]).eval()
     assert close(model.prompt(), prompt, 1e-5)
     assert close(logits(model), by_hand(model.backbone, prompt, head, TEXTS), 1e-5)
-    method = "xpe" if standard == 0 else "spt" if encoded == 0 else "dual"           # --init-from keeps the encoder
-    started = xpe.PromptedClassifier(model.backbone, xpe.build_prompt(method, 4, 64, 0.75, mlp_hidden=16), 7).eval()
+    method = "xpe" if standard == 0 else "spt" if encoded == 0 else "dual"      # --init-from keeps it
+    fresh = xpe.build_prompt(method, 4, 64, 0.75, mlp_hidden=16)
+    started = xpe.PromptedClassifier(model.backbone, fresh, 7).eval()
     xpe.start_from(started, folder)
     assert torch.equal(started.prompt(), model.prompt()) and torch.equal(logits(started), logits(model))
 
@@ -600,7 +601,8 @@ def test_readmes_copying_section_runs_as_it_stands(tmp_path, monkeypatch):
     text = (HERE / "README.md").read_text(encoding="utf-8").split("## Copying from it")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     ids = torch.full((2, 6), 5)
-    names = pasted("The prompts") | dict(json=json, Path=Path, InputError=type("InputError", (ValueError,), {}))
+    names = pasted("The prompts")
+    names |= dict(json=json, Path=Path, InputError=type("InputError", (ValueError,), {}))
     names |= dict(Adafactor=xpe.Adafactor, backbone=xpe.load_backbone("toy")[0], input_ids=ids,
                   attention_mask=torch.ones_like(ids))
     exec(blocks[0].replace("1024", "64"), names)                     # the toy's hidden size
