@@ -8,6 +8,7 @@ Languages", and the tables that put your runs beside them (--plot needs matplotl
 import argparse
 import csv
 import json
+import random
 import sys
 from collections import Counter, namedtuple
 from itertools import product
@@ -264,6 +265,56 @@ def group_means(accuracy):
              for group, codes in TARGET_GROUPS.items()}
     return {group: fmean(values) for group, values in found.items() if values}
 
+def print_result(result):
+    """Print a result's accuracy language by language and per target group, and how its training went."""
+    accuracy = result["accuracy"]
+    cells = [f"{code} {percent:5.1f}" for code, percent in sorted(accuracy.items())]
+    print("\n".join("  ".join(cells[at:at + 6]) for at in range(0, len(cells), 6)))
+    if "seconds" in result:
+        print(f"\nbest dev accuracy {result['dev_accuracy']:.1f}%, {result['seconds']:.0f} s of training")
+    print(f"\n{'target group':<17} languages  accuracy")
+    for group, percent in group_means(accuracy).items():
+        inside = sum(code in accuracy for code in TARGET_GROUPS[group])
+        print(f"{group:<17} {inside:9d} {percent:8.1f}%")
+    if result["config"]["toy"]:
+        print("These are synthetic languages: the numbers mean nothing about real ones.")
+
+# -------------------------------------------- The toy: synthetic languages, and an encoder that knows some
+def toy_backbone(**settings):
+    """A random two-layer XLM-R over 70 topic words, 50 filler and 300 foreign ones, and its tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(f"topic{i}" for i in range(70)),
+             *(f"filler{i}" for i in range(50)), *(f"foreign{i}" for i in range(300))]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
+                                        unk_token="<unk>", pad_token="<pad>")
+    config = XLMRobertaConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, type_vocab_size=1,
+        intermediate_size=128, max_position_embeddings=130, initializer_range=0.1, **settings)
+    with torch.random.fork_rng(devices=[]):        # the same encoder whatever the seed, like a pretrained one
+        torch.manual_seed(0)
+        backbone = XLMRobertaModel(config, add_pooling_layer=False)
+        topics = torch.randn(7, 64)                # words of one topic look alike, as after pretraining
+        backbone.get_input_embeddings().weight.data[4:74] += topics.repeat_interleave(10, dim=0)     # (70, H)
+    return backbone, tokenizer
+
+def toy_rows(code, split):
+    """[(place, text, label)]: half topic words, half filler.  A topic word turns foreign, which says nothing:
+    5 % of them do in seen languages, 90 % in low-performing ones, 65 % in the other unseen ones."""
+    foreign = 0.05 if code in SEEN else 0.9 if code in LOW_PERFORMING else 0.65
+    rng, rows = random.Random(f"{code} {split}"), []
+    for _ in range(140 if split == "train" else 35):
+        topic, words = rng.randrange(7), [f"filler{rng.randrange(50)}" for _ in range(rng.randint(3, 6))]
+        for _ in range(rng.randint(3, 6)):
+            word = f"topic{10 * topic + rng.randrange(10)}"
+            words.append(f"foreign{rng.randrange(300)}" if rng.random() < foreign else word)
+        rows.append((code, " ".join(rng.sample(words, len(words))), LABELS[topic]))
+    return rows
+
 # ------------------------------------------------------ Published accuracies, percent; None: the paper's dash
 METHODS = ("SPT", "DUAL-30", "DUAL-70", "XPE")
 TABLE1 = {  # (target group, source): one number per method, in the order of METHODS
@@ -292,7 +343,8 @@ TABLE3 = {"Unseen": (64.0, 65.1), "Seen": (88.3, 87.6), "All": (76.1, 76.3)}  # 
 
 # ---------------------------------------------------------------------------------------------------- Runs
 CELL = ("method", "xpe_ratio", "source", "target")  # these keys of a config pick a run's cell in the tables,
-NOT_SETTINGS = ("seed", "out", "device", "languages", "init_from", "load", "predict")  # the rest are settings
+NOT_SETTINGS = ("seed", "out", "device", "languages", "target_steps", "init_from", "load", "predict",
+                "benchmark")                        # these are free to differ, all the rest are settings
 
 def stop(message):
     """End on the user's mistake: one line on stderr, exit code 2."""

@@ -26,6 +26,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import groups
 import xpe
@@ -250,8 +251,8 @@ def test_epoch_batches_cover_every_row_once():
 
 def test_predictions_keep_the_order_and_equal_one_by_one():
     model, codes, labels = model_of(), ["eng_Latn", "nqo_Nkoo"], list(groups.LABELS)
-    texts = xpe.load_texts("toy", codes, "test", labels)
-    split = xpe.encode(*texts, labels, xpe.load_backbone("toy")[1], torch.device("cpu"), 32)
+    rows = xpe.load_rows("toy", codes, "test", labels)
+    split = xpe.encode(rows, labels, xpe.load_backbone("toy")[1], torch.device("cpu"), 32)
     texts, names = (sum(both, []) for both in zip(*[xpe.load_language("toy", c, "test") for c in codes]))
     expected = by_hand(model.backbone, model.prompt(), model.head.state_dict(), texts)
     assert close(xpe.predict(model, split, tokens=200), expected, 1e-6)
@@ -347,6 +348,105 @@ def test_start_is_not_broadcast(tmp_path, capsys):
     assert xpe.main([*short, "20", "--out", str(tmp_path / "b"), "--init-from", start]) == 2
     assert "does not fit" in capsys.readouterr().err
 
+# ------------------------------------------------------------- Sequential transfer, baseline, the whole grid
+
+GRID = "bash", str(HERE / "run_all.sh")
+
+def test_target_starts_where_the_source_run_ended(tmp_path):
+    codes, source = ["lao_Laoo", "kab_Latn"], tmp_path / "a/toy-dual70-eng_Latn-s0"
+    argv = ["--toy", *SHORT, "60", "--target", ",".join(codes), "--target-steps", "0"]
+    argv += ["--languages", ",".join(codes)]
+    for out, start in (("a", []), ("b", ["--init-from", str(source)])):         # b: no second source run
+        assert xpe.main([*argv, "--out", str(tmp_path / out), *start]) == 0
+        assert len(list((tmp_path / out).iterdir())) == (3 if out == "a" else 2)
+        for code in codes:
+            target = result(tmp_path / out / f"toy-dual70-eng_Latn-{code}-s0")
+            assert target["accuracy"] == {code: result(source)["accuracy"][code]}
+            settings = dict(steps=0, warmup=0.05, dropout=0.0, patience=30, target=code)
+            assert settings.items() <= target["config"].items()
+    assert result(source)["accuracy"]["lao_Laoo"] > result(source)["accuracy"]["kab_Latn"]
+
+def test_target_learns_from_its_own_sentences_alone(tmp_path, monkeypatch):
+    used, train = [], xpe.train
+    def spy(model, data, dev, *rest):
+        used.append([set(split.languages) for split in (data, dev)])
+        return train(model, data, dev, *rest)
+    monkeypatch.setattr(xpe, "train", spy)
+    assert xpe.main(["--toy", *SHORT, "20", "--target", "awa_Deva,kab_Latn", "--out", str(tmp_path)]) == 0
+    assert used == [[{code}] * 2 for code in ("eng_Latn", "awa_Deva", "kab_Latn")]
+    names = [f"toy-dual70-eng_Latn{code}-s0" for code in ("", "-awa_Deva", "-kab_Latn")]
+    start, *targets = (outcome(tmp_path / name) for name in names)
+    assert len({adapter for adapter, *_ in (start, *targets)}) == 3
+    assert [curve[-1]["step"] for *_, curve in targets] == [75, 75]              # the toy's --target-steps
+
+def test_full_fine_tuning_trains_the_backbone_and_no_prompt(tmp_path, monkeypatch):
+    kept, train = [], xpe.train
+    monkeypatch.setattr(xpe, "train", lambda model, *a: kept.append(model) or train(model, *a))
+    folder = launch(tmp_path, "--method", "full", *SHORT, "30", "--lr", "1e-3")
+    start = dict(xpe.load_backbone("toy")[0].named_parameters())
+    moved = {name for name, p in kept[0].backbone.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == set(start) and len(kept[0].prompt()) == 0
+    assert result(folder)["trainable_parameters"] == sum(p.numel() for p in kept[0].parameters())
+    assert sorted(path.name for path in folder.iterdir()) == ["log.csv", "result.json"]
+
+def shell(folder, *command, path="", **settings):
+    """A process of a command line, in a session of its own, where `python` is this one."""
+    path = os.pathsep.join([path, str(Path(sys.executable).parent), os.environ["PATH"]]).lstrip(os.pathsep)
+    return subprocess.Popen(command, cwd=folder, env=os.environ | settings | dict(PATH=path), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+def test_grid_lists_the_runs_of_the_paper(tmp_path):
+    lines = shell(tmp_path, *GRID, "--list", "--dtype", "bf16").communicate()[0].splitlines()
+    configs = [xpe.parse(shlex.split(line)[2:]) for line in lines]
+    for cfg in configs:
+        xpe.check(cfg)
+    table1, table3 = configs[:120], [cfg for cfg in configs if cfg.target]
+    baselines = [cfg for cfg in configs if cfg.method == "full"]
+    assert len({xpe.claim_folder(cfg)[0] for cfg in configs}) == len(configs) == 120 + 46 * 6 + (46 + 3) * 6
+    assert {(cfg.method, cfg.xpe_ratio, cfg.source, cfg.seed) for cfg in table1} == {
+        (*method, source, seed) for method in (("spt", 0.0), ("dual", 0.3), ("dual", 0.7), ("xpe", 1.0))
+        for source in groups.SOURCES for seed in range(10)}
+    assert {(cfg.method, cfg.source) for cfg in table3} == {("dual", "joshi5")} and len(table3) == 46 * 6
+    assert {cfg.steps for cfg in [*table1, *table3]} == {24_000} and len(baselines) == (46 + 3) * 6
+    assert {cfg.target_steps for cfg in table3} == {cfg.steps for cfg in baselines} == {6_000}
+    assert {cfg.dtype for cfg in table1} == {"bf16"} and not list(tmp_path.iterdir())
+
+def test_killed_grid_goes_on_and_fills_the_tables(tmp_path, capsys):
+    lines = shell(tmp_path, *GRID, "--list", "--toy", STEPS="60").communicate()[0].splitlines()
+    script = lines[0] + "&&" + lines[3]            # two cells: SPT and XPE, from Joshi5
+    first, second = tmp_path / "runs/toy-spt-joshi5-s0", tmp_path / "runs/toy-xpe-joshi5-s0"
+    process, until = shell(tmp_path, "bash", "-c", script), time.time() + 120
+    while not (second / "checkpoint.pt").exists() and process.poll() is None and time.time() < until:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = files(first)
+    assert (first / "result.json").exists() and not (second / "result.json").exists()
+    again = shell(tmp_path, "bash", "-c", script)
+    assert "going on from step" in again.communicate()[0] and again.returncode == 0 and files(first) == before
+    means = [f"{result(folder)['groups'][UNSEEN]:.1f} (1)" for folder in (first, second)]
+    cells = rows(capsys, str(tmp_path / "runs"), UNSEEN, "joshi5")[0]
+    assert [cell.split(" · ")[0] or cell for cell in cells] == [means[0], "· 56.4", "· 57.6", means[1]]
+
+def test_grid_fails_loudly_after_the_other_runs(tmp_path):
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin/python"                 # runs nothing, and fails in one of the 46 runs
+    stub.write_text(f"""#!/bin/sh
+case "$*" in
+  *xpe.py*enarzho*"--seed 1") echo "$*" >> ran; case "$*" in *spt*) exit 1 ;; esac ;;
+  *xpe.py*) echo "$*" >> ran ;;
+  *) exec {sys.executable} "$@" ;;
+esac""")
+    stub.chmod(0o755)
+    process = shell(tmp_path, *GRID, "--toy", path=str(stub.parent))
+    error = process.communicate()[1]
+    ran = (tmp_path / "ran").read_text().splitlines()
+    assert process.returncode == 1 and len(ran) == 46 and error.count("FAILED") == 1 and "spt" in error
+    lines = shell(tmp_path, *GRID, "--toy", path=str(stub.parent), SLURM_ARRAY_TASK_ID="46").communicate()
+    assert (tmp_path / "ran").read_text().splitlines()[46:] == ran[-1:]
+    process = shell(tmp_path, *GRID, "--toy", SLURM_ARRAY_TASK_ID="47")
+    assert "46 lines" in process.communicate()[1] and process.returncode
+
 # ----------------------------------------------------------------------------------------------- Bad input
 
 @pytest.mark.parametrize("argv, words", [
@@ -366,6 +466,9 @@ def test_start_is_not_broadcast(tmp_path, capsys):
     ("--batch-size 0", ["--batch-size 0"]),
     ("--colour red", ["--colour"]),
     ("--predict {tmp}/file", ["--predict", "--load"]),
+    ("--target swh_Lat", ["'swh_Lat'", "swh_Latn"]),
+    ("--target swh_Latn --method full", ["--target", "--method full"]),
+    ("--target-steps -1", ["--target-steps -1"]),
     ("--device cuda:77", ["cuda:77"]),
     ("--device abacus", ["abacus"]),
     ("--backbone {tmp}/none", ["none", "--backbone DIR", "--toy"]),
@@ -503,9 +606,9 @@ def test_released_layout_by_hand(standard, encoded, tmp_path):
     assert close(model.prompt(), prompt, 1e-5)
     assert close(logits(model), by_hand(model.backbone, prompt, head, TEXTS), 1e-5)
     method = "xpe" if standard == 0 else "spt" if encoded == 0 else "dual"      # --init-from keeps it
-    fresh = xpe.build_prompt(method, 4, 64, 0.75, mlp_hidden=16)
-    started = xpe.PromptedClassifier(model.backbone, fresh, 7).eval()
-    xpe.start_from(started, folder)
+    cfg = xpe.Config(method, 0.75, backbone="toy", prompt_length=4, mlp_hidden=16, max_length=32)
+    cfg.init_from = str(folder)
+    started = xpe.build_model(cfg, torch.device("cpu"), 7)[0].eval()
     assert torch.equal(started.prompt(), model.prompt()) and torch.equal(logits(started), logits(model))
 
 @pytest.mark.parametrize("change, words", [
@@ -571,6 +674,26 @@ def test_init_from_a_run_or_an_adapter(runs, tiny, tmp_path, capsys):
     for start, method in ((dual, "spt"), (dual / "adapter", "xpe"), (HERE, "spt")):
         refused(capsys, [str(start)], *argv, start, "--method", method, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+# --------------------------------------------------------------------------------------------- Benchmark
+
+def test_benchmark_counts_operations_as_torch_does(tiny, monkeypatch, capsys):
+    def measure(work, **_):                        # whatever the work is: 8 microseconds for 8 batches
+        with FlopCounterMode(display=False) as counter:
+            work()
+        counted.append(counter.get_total_flops() / 8000)
+        return [8e-6] * 6
+    monkeypatch.setattr(xpe.timeit, "repeat", measure)
+    for method in ("spt", "full"):                 # bf16: torch counts eager attention, not the fused one
+        counted, argv = [], ["--benchmark", "--backbone", tiny, "--method", method, "--dtype", "bf16"]
+        assert xpe.main(["--toy", *argv]) == 0
+        rates = [int(row.split()[-2]) for row in capsys.readouterr().out.splitlines()[1:4]]
+        products, step, evaluation = rates
+        assert products == pytest.approx(counted[0], abs=1)
+        if method == "full":                       # fp32 always
+            assert step == pytest.approx(3 * evaluation, abs=3)
+        else:                                      # the head is not counted
+            assert [step, evaluation] == pytest.approx(counted[1:], rel=0.01)
 
 # ------------------------------------------------------------------------------------------- Files as text
 

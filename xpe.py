@@ -8,17 +8,12 @@ XLM-R, which then classifies topics (SIB-200) in languages that it was never tra
     python xpe.py --method dual --xpe-ratio 0.7 --source joshi5  # the paper's setting (Table 1)
     python xpe.py --backbone DIR --data DIR --steps 462 --lr 5e-4 --prompt-lr 5e-2        # a local encoder
 
-Left out on purpose: other tasks than classification, several GPUs, prompts in deeper layers.
 Letters: B batch, T text length, P prompt length (the paper's n), H hidden size (d), C classes.
 Where the paper is silent or differs stands `PAPER section:` or `AUTHORS:` (their released program).
 """
-import argparse, contextlib, csv, dataclasses, difflib, json, math, os, random, signal, sys, tempfile, time
+import argparse, contextlib, csv, dataclasses, difflib, json, math, os, signal, sys, tempfile, time, timeit
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
-import torch
-from tqdm import tqdm
 import groups
 
 # ------------------------------------------------------------------------------------------- Configuration
@@ -29,15 +24,17 @@ def setting(default, text, choices=()):
 @dataclasses.dataclass
 class Config:
     """Everything that defines a run.  The command line is made from it: `prompt_lr` is `--prompt-lr`."""
-    method: str = setting("dual", "free prompt spt, encoded xpe, or both (3)", ("spt", "xpe", "dual"))
+    method: str = setting("dual", "spt, xpe, dual (3); full: all, no prompt", ("spt", "xpe", "dual", "full"))
     xpe_ratio: float = setting(None, "share of the prompt that is encoded, in (0, 1), dual only [0.7] (4.3)")
     source: str = setting("joshi5", "train on enarzho, joshi5, seen, or codes with commas (4.2)")
     languages: str = setting("all", "test on all, or codes with commas")
+    target: str = setting("", "then go on in each of these alone: codes with commas, or full, the 46 (4.1)")
     backbone: str = setting("FacebookAI/xlm-roberta-large", "encoder: hub name or local folder (4.1)")
     data: str = setting("Davlan/sib200", "hub name, or folder with <code>/{train,dev,test}.tsv (4.1)")
     out: str = setting("runs", "folder that holds one folder per run")
     seed: int = setting(0, "random seed; the paper averages 10 (4.3)")
     steps: int = setting(24_000, "optimization steps (4.4)")
+    target_steps: int = setting(6_000, "optimization steps on each language of --target (4.4)")
     batch_size: int = setting(32, "sentences a step (4.4)")
     lr: float = setting(5e-5, "peak learning rate of prompt encoder and head (4.4)")
     prompt_lr: float = setting(5e-3, "peak learning rate of the standard soft prompt (4.4)")
@@ -60,6 +57,33 @@ class Config:
     init_from: str = setting("", "start from this run's folder, or from an adapter's (with --method spt)")
     load: str = setting("", "do not train: test the adapter in this folder, or use it with --predict")
     predict: str = setting("", "with --load: label each line of this file, or of standard input for -")
+    benchmark: bool = setting(False, "do not train: time a training step and the evaluation (see README)")
+
+TOY = dict(backbone="toy", data="toy", steps=300, target_steps=75, lr=3e-3, prompt_lr=5e-2, max_length=32)
+
+def parse(argv):
+    """The command line as a Config.  --toy changes defaults: what is given beside it still counts."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Config):
+        kind = dict(action="store_true") if field.type is bool else dict(
+            type=field.type, default=field.default, choices=field.metadata["choices"] or None,
+            metavar=field.type.__name__.upper())
+        shown = "" if field.default in (None, "", False) else f" [{field.default}]"
+        parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"] + shown, **kind)
+    def error(message):                            # argparse's own prints the usage too
+        raise InputError(f"{message}; see --help")
+    parser.error = error
+    if parser.parse_args(argv).toy:
+        parser.set_defaults(**TOY)
+    return Config(**vars(parser.parse_args(argv)))
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
+    parse(["--help"])                              # prints and ends here: importing torch takes seconds
+
+import numpy as np
+import torch
+from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------- The prompts
 # Sections 3.1 and 3.2, and the classifier around them.  Needs only `import torch`: copy it alone.
@@ -95,7 +119,7 @@ class DualPrompt(torch.nn.Module):
 def build_prompt(method, length, hidden, ratio=0.7, **encoder):
     """The prompt of a method: its share of encoded vectors is 0 (spt), `ratio` (dual) or 1 (xpe).
     `encoder` goes to CrossPromptEncoder (mlp_hidden, dropout).  Raises ValueError where DUAL has no room."""
-    n = round(length * {"spt": 0.0, "dual": ratio, "xpe": 1.0}[method])                # encoded vectors
+    n = round(length * {"xpe": 1.0, "dual": ratio}.get(method, 0.0))                   # encoded vectors
     if method == "dual":
         if length < 2:
             raise ValueError("a dual prompt needs a length of at least 2: one standard, one encoded vector")
@@ -214,7 +238,7 @@ def load_backbone(name, device="cpu", dtype=torch.float32, dropout=True):
     """The frozen encoder and its tokenizer, from the hub, a local folder, or "toy".  Raises InputError."""
     off = {} if dropout else dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     if name == "toy":
-        backbone, tokenizer = toy_backbone(**off)
+        backbone, tokenizer = groups.toy_backbone(**off)
         return backbone.to(device, dtype).requires_grad_(False), tokenizer
     from transformers import AutoModel, AutoTokenizer, logging
     logging.set_verbosity_error()                  # "unused classifier weights": by intention
@@ -248,7 +272,7 @@ def read_rows(data, code, split):
 def load_language(data, code, split, labels=None):
     """Texts and label names of one language; `split` is train, dev or test; `data` as in Config.
     With `labels`, every label must be one of them.  Raises InputError that names the file and line."""
-    rows = toy_rows(code, split) if data == "toy" else read_rows(data, code, split)
+    rows = groups.toy_rows(code, split) if data == "toy" else read_rows(data, code, split)
     for place, text, label in rows:
         if not text or not text.strip():
             raise InputError(f"{place}: empty text")
@@ -258,57 +282,17 @@ def load_language(data, code, split, labels=None):
         raise InputError(f"no {split} rows for {code} in {data}")
     return [text for _, text, _ in rows], [label for _, _, label in rows]
 
-def encode(texts, names, languages, labels, tokenizer, device, max_length=164):
-    """Tokenized texts with their label names and codes as a Split."""
+def load_rows(data, codes, split, labels):
+    """[(text, label name, code)] of all sentences of `codes`."""
+    return [(*row, code) for code in codes for row in zip(*load_language(data, code, split, labels))]
+
+def encode(rows, labels, tokenizer, device, max_length=164):
+    """What load_rows gives, tokenized, as a Split."""
+    texts, names, languages = map(list, zip(*rows))
     e = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
     y = torch.tensor([labels.index(name) for name in names], device=device)
     return Split(e["input_ids"].to(device), e["attention_mask"].to(device), y,
                  e["attention_mask"].sum(1).numpy(), np.array(languages))
-
-def load_texts(data, codes, split, labels):
-    """(texts, label names, codes) of all sentences of `codes`, each a list."""
-    texts, names, languages = [], [], []
-    for code in codes:
-        t, n = load_language(data, code, split, labels)
-        texts, names, languages = texts + t, names + n, languages + [code] * len(t)
-    return texts, names, languages
-
-# ------------------------------------------------------------------------------------------------- The toy
-TOY = dict(backbone="toy", data="toy", steps=300, lr=3e-3, prompt_lr=5e-2, max_length=32)
-
-def toy_backbone(**settings):
-    """A random two-layer XLM-R over 70 topic words, 50 filler and 300 foreign ones, and its tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
-    words = ["<s>", "<pad>", "</s>", "<unk>", *(f"topic{i}" for i in range(70)),
-             *(f"filler{i}" for i in range(50)), *(f"foreign{i}" for i in range(300))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
-                                        unk_token="<unk>", pad_token="<pad>")
-    config = XLMRobertaConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, type_vocab_size=1,
-        intermediate_size=128, max_position_embeddings=130, initializer_range=0.1, **settings)
-    with torch.random.fork_rng(devices=[]):        # the same encoder whatever the seed, like a pretrained one
-        torch.manual_seed(0)
-        backbone = XLMRobertaModel(config, add_pooling_layer=False)
-        topics = torch.randn(7, 64)                # words of one topic look alike, as after pretraining
-        backbone.get_input_embeddings().weight.data[4:74] += topics.repeat_interleave(10, dim=0)     # (70, H)
-    return backbone, tokenizer
-
-def toy_rows(code, split):
-    """[(place, text, label)]: half topic words, half filler.  A topic word turns foreign, which says nothing:
-    5 % of them do in seen languages, 90 % in low-performing ones, 65 % in the other unseen ones."""
-    foreign = 0.05 if code in groups.SEEN else 0.9 if code in groups.LOW_PERFORMING else 0.65
-    rng, rows = random.Random(f"{code} {split}"), []
-    for _ in range(140 if split == "train" else 35):
-        topic, words = rng.randrange(7), [f"filler{rng.randrange(50)}" for _ in range(rng.randint(3, 6))]
-        for _ in range(rng.randint(3, 6)):
-            word = f"topic{10 * topic + rng.randrange(10)}"
-            words.append(f"foreign{rng.randrange(300)}" if rng.random() < foreign else word)
-        rows.append((code, " ".join(rng.sample(words, len(words))), groups.LABELS[topic]))
-    return rows
 
 # --------------------------------------------------------------------------------- Training and evaluation
 def predict(model, split, stop=(), tokens=8192):
@@ -331,7 +315,7 @@ def evaluate(model, split, stop=()):
     loss = torch.nn.functional.cross_entropy(logits, split.labels).item()
     guess = logits.argmax(-1).cpu().numpy()
     right = guess == split.labels.cpu().numpy()
-    codes = dict.fromkeys(split.languages.tolist())
+    codes = np.unique(split.languages).tolist()
     return {code: float(100 * right[split.languages == code].mean()) for code in codes}, loss, guess
 
 def epoch_batches(lengths, size, seed, epoch):
@@ -475,8 +459,8 @@ def claim_folder(cfg):
     """(folder, its result if finished, its checkpoint if interrupted) of a run named by what defines it.
     Raises InputError where the folder holds a run with other settings, or cannot be written to."""
     share = round(100 * cfg.xpe_ratio) if cfg.method == "dual" else ""
-    source = cfg.source.replace(",", "+")[:100]
-    folder = Path(cfg.out, f"{'toy-' * cfg.toy}{cfg.method}{share}-{source}-s{cfg.seed}")
+    languages = "-".join(filter(None, (cfg.source, cfg.target))).replace(",", "+")[:100]
+    folder = Path(cfg.out, f"{'toy-' * cfg.toy}{cfg.method}{share}-{languages}-s{cfg.seed}")
     finished, begun = folder / "result.json", folder / "checkpoint.pt"
     with as_input_error(f"{folder}: not writable, or result.json not readable", "; choose another --out"):
         above = next(path for path in (folder, *folder.parents) if path.exists())
@@ -485,7 +469,7 @@ def claim_folder(cfg):
     state = read_checkpoint(begun) if begun.exists() and not result else None
     theirs = (result or state or {}).get("config", {})
     differ = [f"{key} ({theirs[key]} there, {mine} here)" for key, mine in dataclasses.asdict(cfg).items()
-              if key != "out" and theirs.get(key, mine) != mine]
+              if key not in ("out", "target_steps") and theirs.get(key, mine) != mine]
     if differ:
         raise InputError(f"{folder} was made with other settings: {', '.join(differ)}; choose another --out")
     return folder, result, state
@@ -505,10 +489,9 @@ def save_adapter(model, folder, base="", facts=None):
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}
     b, folder = model.backbone.config, Path(folder)
     config = dict(peft_type="PROMPT_TUNING", task_type="SEQ_CLS", base_model_name_or_path=base,
-                  inference_mode=True, num_virtual_tokens=len(tensors["prompt_embeddings"]),
-                  token_dim=b.hidden_size, num_transformer_submodules=1, num_layers=b.num_hidden_layers,
-                  num_attention_heads=b.num_attention_heads, modules_to_save=["classifier"],
-                  prompt_tuning_init="RANDOM")
+                  num_virtual_tokens=len(tensors["prompt_embeddings"]), num_transformer_submodules=1,
+                  token_dim=b.hidden_size, num_layers=b.num_hidden_layers, modules_to_save=["classifier"],
+                  num_attention_heads=b.num_attention_heads, prompt_tuning_init="RANDOM", inference_mode=True)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
@@ -548,10 +531,10 @@ def load_adapter(folder, backbone):
         name = name.removeprefix("standard.").removeprefix("encoded.")
         wanted[keys.get(name) or name.replace("mlp.", "prompt_encoder.xpe_head.")] = p
     there, here = ({name: tuple(t.shape) for name, t in some.items()} for some in (tensors, wanted))
-    wrong = [f"missing {name} {size}" for name, size in here.items() - there.items()]
-    wrong += [f"surplus {name} {size}" for name, size in there.items() - here.items()]
+    wrong = sorted(f"{'missing' if here.get(name) == size else 'surplus'} {name} {size}"
+                   for name, size in here.items() ^ there.items())
     if wrong:
-        raise InputError(f"{folder}: {', '.join(sorted(wrong))}")
+        raise InputError(f"{folder}: {', '.join(wrong)}")
     for name, p in wanted.items():
         p.data.copy_(tensors[name])
     return model
@@ -559,7 +542,7 @@ def load_adapter(folder, backbone):
 # -------------------------------------------------------------------------------------------- Command line
 def check(cfg):
     """Raise InputError for what can be told without loading anything; fill in what other settings decide."""
-    least = dict(steps=0, seed=0, prompt_length=2 if cfg.method == "dual" else 1)     # two parts, two vectors
+    least = dict(steps=0, target_steps=0, seed=0, prompt_length=2 if cfg.method == "dual" else 1)
     below = dict(warmup=1, dropout=1, head_dropout=1)
     for field in dataclasses.fields(cfg):
         value, low = getattr(cfg, field.name), least.get(field.name, 1 if field.type is int else 0)
@@ -573,7 +556,11 @@ def check(cfg):
     ratio = 0.7 if cfg.xpe_ratio is None else cfg.xpe_ratio
     if not 0 < ratio < 1:
         raise InputError(f"--xpe-ratio {ratio:g}: must lie between 0 (--method spt) and 1 (--method xpe)")
-    cfg.xpe_ratio = {"spt": 0.0, "xpe": 1.0, "dual": ratio}[cfg.method]
+    cfg.xpe_ratio = {"xpe": 1.0, "dual": ratio}.get(cfg.method, 0.0)
+    if cfg.method == "full":
+        cfg.prompt_length, cfg.dtype = 0, "fp32"   # trained weights would not move in bf16
+        if cfg.target:
+            raise InputError("--target needs a prompt; --method full trains on a target with --source CODE")
     if cfg.weight_decay is None:
         cfg.weight_decay = 0.01 if cfg.recipe == "released" else 0.1             # PAPER 4.4: 0.1
 
@@ -583,7 +570,7 @@ def pick_device(name):
     with as_input_error(f"--device {name}: not on this machine", "; use cpu or auto"):
         return torch.empty(0, device=auto if name == "auto" else name).device
 
-def pick_languages(text, data, split):
+def pick_languages(text, data):
     """Codes from "all", a source's name or a list with commas, each checked against what `data` has."""
     codes = list(groups.LANGUAGES)                 # of SIB-200; a folder's own otherwise
     if is_tsv(data):
@@ -594,13 +581,12 @@ def pick_languages(text, data, split):
             codes = sorted(get_dataset_config_names(data))
     elif data.startswith((".", "/", "~")):
         raise InputError(f"--data {data}: no such folder")
-    wanted = codes if text == "all" else groups.SOURCES.get(text) or [c.strip() for c in text.split(",")]
+    named = groups.SOURCES | {"full": groups.FULL_SUPERVISION_TARGETS, "all": codes}
+    wanted = named.get(text) or [code.strip() for code in text.split(",")]
     for code in wanted:
         if code not in codes:
             near = difflib.get_close_matches(code, [*codes, *groups.SOURCES], cutoff=0.4) or codes[:8]
             raise InputError(f"unknown language {code!r} in {data}; there are: {', '.join(near)}")
-        if is_tsv(data) and not Path(data, code, split + ".tsv").is_file():
-            raise InputError(f"{Path(data, code, split + '.tsv')}: no such file")
     return list(dict.fromkeys(wanted))
 
 def backbone_of(cfg, device):
@@ -614,13 +600,21 @@ def backbone_of(cfg, device):
                          f"the {room} positions of {cfg.backbone}")
     return backbone, tokenizer
 
-def start_from(model, folder):
-    """Copy prompt and head of another run, or of an adapter in any of the three layouts, into `model`."""
-    path = Path(folder, "checkpoint.pt")
-    with as_input_error(f"--init-from {folder}: does not fit", "; --method and prompt length must be "
-                        "the same; a finished prompt has no encoder and goes on as --method spt"):
-        best = read_checkpoint(path)["run"]["best"] if path.exists() else None
-        copy_into(model, best or trainable(load_adapter(folder, model.backbone)))
+def build_model(cfg, device, num_labels):
+    """The model that a config starts from, and its tokenizer; --init-from is a run or an adapter."""
+    torch.manual_seed(cfg.seed)                    # before anything is built
+    backbone, tokenizer = backbone_of(cfg, device)
+    prompt = build_prompt(cfg.method, cfg.prompt_length, backbone.config.hidden_size, cfg.xpe_ratio,
+                          mlp_hidden=cfg.mlp_hidden, dropout=cfg.dropout)
+    model = PromptedClassifier(backbone, prompt, num_labels, cfg.pool, cfg.head_dropout).to(device)
+    backbone.requires_grad_(cfg.method == "full")
+    if cfg.init_from:
+        path = Path(cfg.init_from, "checkpoint.pt")
+        with as_input_error(f"--init-from {cfg.init_from}: does not fit", "; --method and prompt length must "
+                            "be the same; a finished prompt has no encoder and goes on as --method spt"):
+            best = read_checkpoint(path)["run"]["best"] if path.exists() else None
+            copy_into(model, best or trainable(load_adapter(cfg.init_from, backbone)))
+    return model, tokenizer
 
 def run(cfg, stop=()):
     """One run, from the config to result.json; a finished run is only reported."""
@@ -628,49 +622,43 @@ def run(cfg, stop=()):
     folder, result, state = claim_folder(cfg)
     if result:
         print(f"{folder} is finished: reported, not repeated")
-        return report(result)
-    sources = pick_languages(cfg.source, cfg.data, "train")
-    targets = pick_languages(cfg.languages, cfg.data, "test")
+        return groups.print_result(result)
+    sources = pick_languages(cfg.target or cfg.source, cfg.data)
+    targets = pick_languages(cfg.languages, cfg.data)
     names = {name for code in sources for name in load_language(cfg.data, code, "train")[1]}
     labels = sorted(groups.LABELS if names > set(groups.LABELS) else names)  # an eighth in SIB-200 is a slip
-    texts = [load_texts(cfg.data, codes, split, labels)              # before the backbone, which takes long
-             for codes, split in ((sources, "train"), (sources, "dev"), (targets, "test"))]
-    torch.manual_seed(cfg.seed)                    # before anything is built
-    backbone, tokenizer = backbone_of(cfg, device)
-    prompt = build_prompt(cfg.method, cfg.prompt_length, backbone.config.hidden_size, cfg.xpe_ratio,
-                          mlp_hidden=cfg.mlp_hidden, dropout=cfg.dropout)
-    model = PromptedClassifier(backbone, prompt, len(labels), cfg.pool, cfg.head_dropout).to(device)
-    if cfg.init_from:
-        start_from(model, cfg.init_from)
-    data, dev, test = (encode(*rows, labels, tokenizer, device, cfg.max_length) for rows in texts)
+    parts = (sources, "train"), (sources, "dev"), (targets, "test")
+    rows = [load_rows(cfg.data, *part, labels) for part in parts]    # before the backbone, which takes long
+    model, tokenizer = build_model(cfg, device, len(labels))
+    data, dev, test = (encode(part, labels, tokenizer, device, cfg.max_length) for part in rows)
     n, whole = (sum(p.numel() for p in ps) for ps in (trainable(model).values(), model.parameters()))
     print(f"{folder}: {n:,} of {whole:,} parameters train ({100 * n / whole:.2f} %) on {len(data.lengths):,} "
-          f"sentences, {len(sources)} languages, {len(labels)} labels; {backbone.dtype}, {device}")
+          f"sentences, {len(sources)} languages, {len(labels)} labels; {model.backbone.dtype}, {device}")
     trained = train(model, data, dev, cfg, folder, stop, state)
     accuracy = evaluate(model.cache_prompt(), test, stop)[0]
     result = dict(config=dataclasses.asdict(cfg), seconds=trained["seconds"], trainable_parameters=n,
-                  versions=dict(torch=torch.__version__, dtype=str(backbone.dtype), device=str(device)),
+                  versions=dict(torch=torch.__version__, dtype=str(model.backbone.dtype), device=str(device)),
                   dev_accuracy=max(c["dev_accuracy"] for c in trained["curve"]), dev_curve=trained["curve"],
                   accuracy=accuracy, groups=groups.group_means(accuracy))
-    if cfg.pool == "first":                        # another position, PEFT's layout cannot say
+    if cfg.pool == "first" and cfg.method != "full":                 # another, PEFT's layout cannot say
         facts = {key: result[key] for key in ("config", "dev_accuracy", "groups")}
         save_adapter(model, folder / "adapter", cfg.backbone, dict(labels=labels, languages=sources, **facts))
     write_file(folder / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
-    return report(result)
+    if cfg.method == "full":
+        (folder / "checkpoint.pt").unlink()        # 5 GB of XLM-R large
+    return groups.print_result(result)
 
-def report(result):
-    """Print accuracy per language and per target group."""
-    cells = [f"{code} {percent:5.1f}" for code, percent in sorted(result["accuracy"].items())]
-    print("\n".join("  ".join(cells[at:at + 6]) for at in range(0, len(cells), 6)))
-    if "seconds" in result:
-        print(f"\nbest dev accuracy {result['dev_accuracy']:.1f}%, {result['seconds']:.0f} s of training")
-    print(f"\n{'target group':<17} languages  accuracy")
-    for name, percent in groups.group_means(result["accuracy"]).items():
-        inside = sum(code in result["accuracy"] for code in groups.TARGET_GROUPS[name])
-        print(f"{name:<17} {inside:9d} {percent:8.1f}%")
-    if result["config"]["toy"]:
-        print("These are synthetic languages: the numbers mean nothing about real ones.")
-    return result
+def transfer(cfg, stop=()):
+    """Sequential transfer (4.1): train on the source languages, or take the run --init-from, then go on from
+    its best prompt and head on each target language alone.  Each is a run of its own, in its own folder."""
+    targets = pick_languages(cfg.target, cfg.data)
+    if not cfg.init_from:
+        source = dataclasses.replace(cfg, target="")
+        run(source, stop)
+        cfg.init_from = str(claim_folder(source)[0])
+    for code in targets:                           # PAPER 4.4: patience 30; AUTHORS: warm-up, no dropout
+        run(dataclasses.replace(cfg, target=code, languages=code, steps=cfg.target_steps, patience=30,
+                                warmup=0.05, dropout=0.0), stop)
 
 def use_adapter(cfg, stop=()):
     """--load: accuracy of an adapter per language; with --predict, a label for each line of a text file."""
@@ -678,22 +666,22 @@ def use_adapter(cfg, stop=()):
     labels, cfg.prompt_length = adapter["labels"] or list(groups.LABELS), adapter["num_virtual_tokens"]
     if cfg.backbone == Config.backbone:            # the default: the adapter knows better
         cfg.backbone = adapter.get("base_model_name_or_path") or cfg.backbone
-    lines = read_lines(cfg.predict) if cfg.predict else []
-    targets = [] if cfg.predict else pick_languages(cfg.languages, cfg.data, "test")
-    rows = load_texts(cfg.data, targets, "test", labels)
+    if cfg.predict:
+        rows = [(line, labels[0], "") for line in read_lines(cfg.predict)]
+    else:
+        rows = load_rows(cfg.data, pick_languages(cfg.languages, cfg.data), "test", labels)
     backbone, tokenizer = backbone_of(cfg, device)
     model = load_adapter(cfg.load, backbone).cache_prompt()
     if len(labels) != model.head.out_proj.out_features:
         raise InputError(f"--load {cfg.load}: its head has not as many classes as the {len(labels)} labels")
-    encoding = labels, tokenizer, device, cfg.max_length
+    if not rows:                                   # an empty file
+        return
+    split = encode(rows, labels, tokenizer, device, cfg.max_length)
     if not cfg.predict:
-        accuracy = evaluate(model, encode(*rows, *encoding), stop)[0]
-        report(dict(config=dataclasses.asdict(cfg), accuracy=accuracy))
-    elif lines:
-        split = encode(lines, labels[:1] * len(lines), [""] * len(lines), *encoding)
-        shares, classes = predict(model, split, stop).softmax(-1).max(-1)
-        for line, share, label in zip(lines, shares.tolist(), classes.tolist()):
-            print(f"{labels[label]}\t{share:.4f}\t{line}" if line.strip() else f"\t\t{line}")
+        return groups.print_result(dict(config=vars(cfg), accuracy=evaluate(model, split, stop)[0]))
+    shares, classes = predict(model, split, stop).softmax(-1).max(-1)
+    for (line, *_), share, label in zip(rows, shares.tolist(), classes.tolist()):
+        print(f"{labels[label]}\t{share:.4f}\t{line}" if line.strip() else f"\t\t{line}")
 
 def read_lines(path):
     """The lines of a UTF-8 file, or of standard input for "-".  Raises InputError that names the line."""
@@ -705,22 +693,33 @@ def read_lines(path):
             lines[i] = line.decode()
     return lines
 
-def parse(argv):
-    """The command line as a Config.  --toy changes defaults: what is given beside it still counts."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(Config):
-        kind = dict(action="store_true") if field.type is bool else dict(
-            type=field.type, default=field.default, choices=field.metadata["choices"] or None,
-            metavar=field.type.__name__.upper())
-        shown = "" if field.default in (None, "", False) else f" [{field.default}]"
-        parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"] + shown, **kind)
-    def error(message):                            # argparse's own prints the usage too
-        raise InputError(f"{message}; see --help")
-    parser.error = error
-    if parser.parse_args(argv).toy:
-        parser.set_defaults(**TOY)
-    return Config(**vars(parser.parse_args(argv)))
+def benchmark(cfg, stop=()):
+    """--benchmark: a training step and an evaluation batch of texts of 36 random tokens, beside the products
+    with the layers' matrices alone.  Medians of 5 rounds of 8 batches, after one to warm up.
+    Operations for a position, S of them in a text: m = 2 (4 H H + 2 H F) a layer, two for each weight of its
+    six matrices, and a = 4 S H a layer in the attention.  Evaluation m + a.  Training adds a backward pass of
+    m + 2 a, since frozen weights need no gradient of their own; with --method full of 2 m + 2 a."""
+    device, B, S, cfg.steps = pick_device(cfg.device), cfg.batch_size, cfg.prompt_length + 36, 8
+    model = build_model(cfg, device, num_labels=7)[0]
+    layers, ids = model.backbone.encoder.layer, torch.randint(5, 400, (8 * B, 36), device=device)
+    data = Split(ids, torch.ones_like(ids), ids[:, 0] % 7, np.full(8 * B, 36), np.full(8 * B, "random"))
+    optimizer = Adafactor(parameter_groups(model, cfg), cfg.lr)
+    train_8 = lambda: train_epoch(model, data, optimizer, cfg, dict(step=0, curve=[], epoch_losses=[]), stop)
+    matrices = [p.detach() for p in layers.parameters() if p.dim() == 2]
+    x = {w.shape[1]: torch.randn(B * S, w.shape[1], device=device, dtype=w.dtype) for w in matrices}
+    m, a = 2 * sum(w.numel() for w in matrices), 4 * S * model.backbone.config.hidden_size * len(layers)
+    works = {"products": (m, lambda: sum((x[w.shape[1]] @ w.T)[0, 0] for w in matrices * 8).item()),
+             "training step": ((3 if cfg.method == "full" else 2) * m + 3 * a, train_8),
+             "evaluation": (m + a, lambda: predict(model, data, stop).sum().item())}
+    print(f"a batch of {B:<4} {'ms':>8} {'tokens/s':>9} {'sentences/s':>11} {'GFLOP/s':>8} share")
+    for name, (operations, work) in works.items():
+        t = float(np.median(timeit.repeat(work, number=1, repeat=6)[1:])) / 8      # seconds for one batch
+        rate = operations * B * S / t / 1e9
+        best = rate if name == "products" else best
+        print(f"{name:<15} {1000 * t:8.1f} {B * S / t:9.0f} {B / t:11.1f} {rate:8.0f} {rate / best:5.0%}")
+    import resource                                # not on Windows
+    peak = torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory {peak / 2**30:.2f} GiB; {model.backbone.dtype}, {device}")
 
 def main(argv=None):
     """The command line; -> exit code: 0 done, 1 the run failed, 2 wrong input, 128 + signal when stopped."""
@@ -732,7 +731,8 @@ def main(argv=None):
     try:
         cfg = parse(argv)
         check(cfg)
-        use_adapter(cfg, stop) if cfg.load else run(cfg, stop)
+        job = benchmark if cfg.benchmark else use_adapter if cfg.load else transfer if cfg.target else run
+        job(cfg, stop)
         return 0
     except InputError as error:
         code, message = 2, error

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Every run behind Tables 1, 2 and 3 and Figure 2, then the tables:
+#
+#   bash run_all.sh                                     # the paper's grid, one run after the other
+#   bash run_all.sh --toy                               # a small grid of toy runs, offline, in minutes
+#   STEPS=462 SEEDS="0 1 2" BACKBONE=DIR DATA=DIR bash run_all.sh --lr 5e-4 --prompt-lr 5e-2
+#   bash run_all.sh --list                              # print one command a line and run nothing
+#   bash run_all.sh --list | head -n 120 | parallel -j 8                 # or xargs -P
+#   first=$(sbatch --parsable --gpus=1 --array=1-120 run_all.sh)         # SLURM: a line of the list per task
+#   sbatch --gpus=1 --array=121-690 --dependency=afterok:$first run_all.sh
+#
+# The same command again skips what is finished and goes on with what was interrupted.  A failed run does not
+# stop the others; the exit code tells.  From the environment come SEEDS, STEPS, BACKBONE, DATA, OUT, and JOBS,
+# the number of runs at a time.  Other flags are passed on to every run.
+#
+# The whole grid has 690 runs.  By the paper's half an hour for 24,000 steps on an A100, Table 1's 120 take 60
+# hours and Table 3's 276, of 6,000 steps each, 35; the 294 of fine-tuning the whole backbone were not timed.
+# A run with XLM-R large leaves 13 to 18 MB (7 GB in all); fine-tuning needs 4.5 GB until it is finished.
+set -euo pipefail
+here=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}      # SLURM runs a copy of this file
+list="" toy="" flags=()
+for flag in "$@"; do
+  case $flag in
+    --list) list=1 ;;
+    --toy) toy=1 flags+=(--toy) ;;
+    *) flags+=("$flag") ;;
+  esac
+done
+seeds=${SEEDS:-${toy:+0 1}} seeds=${seeds:-0 1 2 3 4 5 6 7 8 9}
+steps=${STEPS:-${toy:+300}} steps=${steps:-24000}
+jobs=${JOBS:-${toy:+2}} jobs=${jobs:-1}
+targets=$(cd "$here" && python -c "import groups; print(*groups.FULL_SUPERVISION_TARGETS)")
+if [[ $toy ]]; then targets="swh_Latn lao_Laoo tir_Ethi kab_Latn"; fi
+few=$((steps / 4)) full=(--method full --steps $((steps / 4)))
+if [[ ! $toy ]]; then full+=(--lr 1e-5); fi              # the toy's encoder is random and has further to go
+
+run() {                                                  # print one command; what is given last counts
+  printf '%q ' python "$here/xpe.py" --out "${OUT:-runs}" --steps "$steps" \
+    ${BACKBONE:+--backbone "$BACKBONE"} ${DATA:+--data "$DATA"} ${flags[@]+"${flags[@]}"} "$@"
+  echo
+}
+
+grid() {
+  for source in joshi5 enarzho seen; do                  # Table 1 and Figure 2
+    for seed in $seeds; do
+      run --method spt --source $source --seed $seed
+      run --method dual --xpe-ratio 0.3 --source $source --seed $seed
+      run --method dual --xpe-ratio 0.7 --source $source --seed $seed
+      run --method xpe --source $source --seed $seed
+    done
+  done
+  for seed in $(cut -d " " -f 1-6 <<< "$seeds"); do
+    for target in $targets; do                           # Table 3: 46 targets, 6 seeds
+      run --method dual --xpe-ratio 0.7 --source joshi5 --target $target --target-steps $few --seed $seed
+      run "${full[@]}" --source $target --languages $target --seed $seed
+    done
+    for source in eng_Latn arb_Arab zho_Hans; do         # Table 2: SIB-200's zero-shot baseline
+      run "${full[@]}" --source $source --seed $seed
+    done
+  done
+}
+
+if [[ $list ]]; then
+  grid
+elif [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then
+  line=$(grid | sed -n "${SLURM_ARRAY_TASK_ID}p")
+  eval "${line:?the grid has only $(grid | wc -l) lines}"
+else
+  failed=0
+  grid | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" bash -c \
+    'echo "$0"; eval "$0" > /dev/null || { echo "FAILED: $0" >&2; exit 1; }' || failed=1
+  python "$here/groups.py" "${OUT:-runs}" || failed=1
+  exit $failed
+fi
