@@ -67,8 +67,7 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
         kind = dict(action="store_true") if field.type is bool else dict(
-            type=field.type, default=field.default, choices=field.metadata["choices"] or None,
-            metavar=field.type.__name__.upper())
+            type=field.type, default=field.default, choices=field.metadata["choices"] or None)
         shown = "" if field.default in (None, "", False) else f" [{field.default}]"
         parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"] + shown, **kind)
     def error(message):                            # argparse's own prints the usage too
@@ -176,14 +175,12 @@ class Adafactor(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, clip_threshold=clip_threshold,
                                       decay_rate=decay_rate, eps=eps))
     @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient; -> the closure's loss, if there is one."""
-        loss = None if closure is None else torch.enable_grad()(closure)()
+    def step(self):
+        """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 update = self.update(p.grad, self.state[p], group)
                 p.add_(p, alpha=-group["lr"] * group["weight_decay"]).sub_(update * group["lr"])
-        return loss
     def update(self, g, state, group):
         """A gradient, normalised and clipped; advances its running averages."""
         state["step"] = t = state.get("step", 0) + 1
@@ -251,16 +248,12 @@ def load_backbone(name, device="cpu", dtype=torch.float32, dropout=True):
                                              add_pooling_layer=False, **off)
     return backbone.to(device).requires_grad_(False), tokenizer
 
-def is_tsv(data):
-    """Whether `data` is a folder in SIB-200's own layout, <code>/{train,dev,test}.tsv."""
-    return data != "toy" and any(Path(data).glob("*/*.tsv"))
-
 def read_rows(data, code, split):
     """[(place, text, label)] from a TSV folder, the hub, or a local folder that load_dataset understands."""
     path = Path(data, code, split + ".tsv")
     with as_input_error(f"cannot read {path}", "; it needs the columns category and text; offline, give a "
                         "local folder with --data DIR, or --toy"):
-        if is_tsv(data):
+        if any(Path(data).glob("*/*.tsv")):
             with open(path, newline="", encoding="utf-8") as file:   # CSV with tabs: fields may be quoted
                 reader = csv.DictReader(file, delimiter="\t")
                 return [(f"{path}:{reader.line_num}", row["text"], row["category"]) for row in reader]
@@ -352,6 +345,19 @@ def copy_into(model, tensors):
     for name, p in trainable(model).items():
         p.copy_(tensors[name].view(p.shape))       # no broadcasting
 
+class FastDropout(torch.overrides.TorchFunctionMode):
+    """Within it, dropout on a CPU cuts the mask of four elements from one random number, with p to 16 bits:
+    one number for each element, as torch draws them, takes a quarter of a training step in bf16."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        drop = function is torch.nn.functional.dropout and args[0].device.type == "cpu"
+        return (self.dropout if drop else function)(*args, **kwargs or {})
+    def dropout(self, x, p=0.5, training=True, inplace=False):
+        if not training or p == 0:
+            return x
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        keep = bits[:x.numel()].view(x.shape) >= round(65536 * p) - 32768
+        return x * keep.to(x.dtype).div_(1 - p)
+
 def train_epoch(model, data, optimizer, cfg, run, stop):
     """The rest of the epoch that `run` stands in; -> its mean loss.  No step waits for the device."""
     batches = epoch_batches(data.lengths, cfg.batch_size, cfg.seed, len(run["curve"]))
@@ -366,7 +372,8 @@ def train_epoch(model, data, optimizer, cfg, run, stop):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         ids, mask, y = data.batch(batches[step - first])
-        loss = torch.nn.functional.cross_entropy(model(ids, mask), y)
+        with FastDropout():
+            loss = torch.nn.functional.cross_entropy(model(ids, mask), y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.clip)
         optimizer.step()
@@ -469,7 +476,7 @@ def claim_folder(cfg):
     state = read_checkpoint(begun) if begun.exists() and not result else None
     theirs = (result or state or {}).get("config", {})
     differ = [f"{key} ({theirs[key]} there, {mine} here)" for key, mine in dataclasses.asdict(cfg).items()
-              if key not in ("out", "target_steps") and theirs.get(key, mine) != mine]
+              if key not in ("out", "device", "target_steps") and theirs.get(key, mine) != mine]
     if differ:
         raise InputError(f"{folder} was made with other settings: {', '.join(differ)}; choose another --out")
     return folder, result, state
@@ -543,12 +550,11 @@ def load_adapter(folder, backbone):
 def check(cfg):
     """Raise InputError for what can be told without loading anything; fill in what other settings decide."""
     least = dict(steps=0, target_steps=0, seed=0, prompt_length=2 if cfg.method == "dual" else 1)
-    below = dict(warmup=1, dropout=1, head_dropout=1)
     for field in dataclasses.fields(cfg):
         value, low = getattr(cfg, field.name), least.get(field.name, 1 if field.type is int else 0)
-        high, flag = below.get(field.name, math.inf), "--" + field.name.replace("_", "-")
+        high = 1 if field.name.endswith(("warmup", "dropout")) else math.inf
         if field.type in (int, float) and value is not None and not low <= value < high:
-            raise InputError(f"{flag} {value}: must be {low} or more" + f", below {high}" * (high < math.inf))
+            raise InputError(f"--{field.name.replace('_', '-')} {value}: must lie in [{low}, {high})")
     if cfg.predict and not cfg.load:
         raise InputError("--predict needs --load, the folder of an adapter")
     if cfg.method != "dual" and cfg.xpe_ratio is not None:
@@ -561,26 +567,23 @@ def check(cfg):
         cfg.prompt_length, cfg.dtype = 0, "fp32"   # trained weights would not move in bf16
         if cfg.target:
             raise InputError("--target needs a prompt; --method full trains on a target with --source CODE")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    with as_input_error(f"--device {cfg.device}: not on this machine", "; use cpu or auto"):
+        cfg.device = str(torch.empty(0, device=auto if cfg.device == "auto" else cfg.device).device)
+    cfg.dtype = {"auto": "bf16" if cfg.device.startswith("cuda") else "fp32"}.get(cfg.dtype, cfg.dtype)
     if cfg.weight_decay is None:
         cfg.weight_decay = 0.01 if cfg.recipe == "released" else 0.1             # PAPER 4.4: 0.1
 
-def pick_device(name):
-    """The torch device, or InputError where it is not there."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    with as_input_error(f"--device {name}: not on this machine", "; use cpu or auto"):
-        return torch.empty(0, device=auto if name == "auto" else name).device
-
 def pick_languages(text, data):
     """Codes from "all", a source's name or a list with commas, each checked against what `data` has."""
-    codes = list(groups.LANGUAGES)                 # of SIB-200; a folder's own otherwise
-    if is_tsv(data):
-        codes = sorted({path.parent.name for path in Path(data).glob("*/*.tsv")})
-    elif data != "toy" and Path(data).is_dir():
+    codes = sorted({path.parent.name for path in Path(data).glob("*/*.tsv")}) if data != "toy" else []
+    if not codes and data != "toy" and Path(data).is_dir():
         from datasets import get_dataset_config_names
         with as_input_error(f"--data {data}: no data set in it"):
             codes = sorted(get_dataset_config_names(data))
-    elif data.startswith((".", "/", "~")):
+    elif not codes and data.startswith((".", "/", "~")):
         raise InputError(f"--data {data}: no such folder")
+    codes = codes or list(groups.LANGUAGES)        # the hub's, and the toy's
     named = groups.SOURCES | {"full": groups.FULL_SUPERVISION_TARGETS, "all": codes}
     wanted = named.get(text) or [code.strip() for code in text.split(",")]
     for code in wanted:
@@ -589,24 +592,23 @@ def pick_languages(text, data):
             raise InputError(f"unknown language {code!r} in {data}; there are: {', '.join(near)}")
     return list(dict.fromkeys(wanted))
 
-def backbone_of(cfg, device):
+def backbone_of(cfg):
     """A config's backbone and tokenizer.  Raises InputError where it has too few positions."""
-    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type == "cuda"
-    backbone, tokenizer = load_backbone(cfg.backbone, device, torch.bfloat16 if bf16 else torch.float32,
-                                        cfg.backbone_dropout == "on")
+    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+    backbone, tokenizer = load_backbone(cfg.backbone, cfg.device, dtype, cfg.backbone_dropout == "on")
     room = backbone.config.max_position_embeddings - backbone.config.pad_token_id - 1        # XLM-R's first
     if cfg.prompt_length + cfg.max_length > room:
         raise InputError(f"--prompt-length {cfg.prompt_length} + --max-length {cfg.max_length}: more than "
                          f"the {room} positions of {cfg.backbone}")
     return backbone, tokenizer
 
-def build_model(cfg, device, num_labels):
+def build_model(cfg, num_labels):
     """The model that a config starts from, and its tokenizer; --init-from is a run or an adapter."""
     torch.manual_seed(cfg.seed)                    # before anything is built
-    backbone, tokenizer = backbone_of(cfg, device)
+    backbone, tokenizer = backbone_of(cfg)
     prompt = build_prompt(cfg.method, cfg.prompt_length, backbone.config.hidden_size, cfg.xpe_ratio,
                           mlp_hidden=cfg.mlp_hidden, dropout=cfg.dropout)
-    model = PromptedClassifier(backbone, prompt, num_labels, cfg.pool, cfg.head_dropout).to(device)
+    model = PromptedClassifier(backbone, prompt, num_labels, cfg.pool, cfg.head_dropout).to(cfg.device)
     backbone.requires_grad_(cfg.method == "full")
     if cfg.init_from:
         path = Path(cfg.init_from, "checkpoint.pt")
@@ -618,7 +620,6 @@ def build_model(cfg, device, num_labels):
 
 def run(cfg, stop=()):
     """One run, from the config to result.json; a finished run is only reported."""
-    device = pick_device(cfg.device)
     folder, result, state = claim_folder(cfg)
     if result:
         print(f"{folder} is finished: reported, not repeated")
@@ -629,17 +630,17 @@ def run(cfg, stop=()):
     labels = sorted(groups.LABELS if names > set(groups.LABELS) else names)  # an eighth in SIB-200 is a slip
     parts = (sources, "train"), (sources, "dev"), (targets, "test")
     rows = [load_rows(cfg.data, *part, labels) for part in parts]    # before the backbone, which takes long
-    model, tokenizer = build_model(cfg, device, len(labels))
-    data, dev, test = (encode(part, labels, tokenizer, device, cfg.max_length) for part in rows)
+    model, tokenizer = build_model(cfg, len(labels))
+    data, dev, test = (encode(part, labels, tokenizer, cfg.device, cfg.max_length) for part in rows)
     n, whole = (sum(p.numel() for p in ps) for ps in (trainable(model).values(), model.parameters()))
     print(f"{folder}: {n:,} of {whole:,} parameters train ({100 * n / whole:.2f} %) on {len(data.lengths):,} "
-          f"sentences, {len(sources)} languages, {len(labels)} labels; {model.backbone.dtype}, {device}")
+          f"sentences, {len(sources)} languages, {len(labels)} labels; {cfg.dtype}, {cfg.device}")
     trained = train(model, data, dev, cfg, folder, stop, state)
     accuracy = evaluate(model.cache_prompt(), test, stop)[0]
     result = dict(config=dataclasses.asdict(cfg), seconds=trained["seconds"], trainable_parameters=n,
-                  versions=dict(torch=torch.__version__, dtype=str(model.backbone.dtype), device=str(device)),
-                  dev_accuracy=max(c["dev_accuracy"] for c in trained["curve"]), dev_curve=trained["curve"],
-                  accuracy=accuracy, groups=groups.group_means(accuracy))
+                  versions=dict(python=sys.version.split()[0], torch=torch.__version__), accuracy=accuracy,
+                  groups=groups.group_means(accuracy), dev_curve=trained["curve"],
+                  dev_accuracy=max(c["dev_accuracy"] for c in trained["curve"]))
     if cfg.pool == "first" and cfg.method != "full":                 # another, PEFT's layout cannot say
         facts = {key: result[key] for key in ("config", "dev_accuracy", "groups")}
         save_adapter(model, folder / "adapter", cfg.backbone, dict(labels=labels, languages=sources, **facts))
@@ -662,7 +663,7 @@ def transfer(cfg, stop=()):
 
 def use_adapter(cfg, stop=()):
     """--load: accuracy of an adapter per language; with --predict, a label for each line of a text file."""
-    device, (adapter, _) = pick_device(cfg.device), read_adapter(cfg.load)
+    adapter, _ = read_adapter(cfg.load)
     labels, cfg.prompt_length = adapter["labels"] or list(groups.LABELS), adapter["num_virtual_tokens"]
     if cfg.backbone == Config.backbone:            # the default: the adapter knows better
         cfg.backbone = adapter.get("base_model_name_or_path") or cfg.backbone
@@ -670,13 +671,13 @@ def use_adapter(cfg, stop=()):
         rows = [(line, labels[0], "") for line in read_lines(cfg.predict)]
     else:
         rows = load_rows(cfg.data, pick_languages(cfg.languages, cfg.data), "test", labels)
-    backbone, tokenizer = backbone_of(cfg, device)
+    backbone, tokenizer = backbone_of(cfg)
     model = load_adapter(cfg.load, backbone).cache_prompt()
     if len(labels) != model.head.out_proj.out_features:
         raise InputError(f"--load {cfg.load}: its head has not as many classes as the {len(labels)} labels")
     if not rows:                                   # an empty file
         return
-    split = encode(rows, labels, tokenizer, device, cfg.max_length)
+    split = encode(rows, labels, tokenizer, cfg.device, cfg.max_length)
     if not cfg.predict:
         return groups.print_result(dict(config=vars(cfg), accuracy=evaluate(model, split, stop)[0]))
     shares, classes = predict(model, split, stop).softmax(-1).max(-1)
@@ -695,18 +696,17 @@ def read_lines(path):
 
 def benchmark(cfg, stop=()):
     """--benchmark: a training step and an evaluation batch of texts of 36 random tokens, beside the products
-    with the layers' matrices alone.  Medians of 5 rounds of 8 batches, after one to warm up.
-    Operations for a position, S of them in a text: m = 2 (4 H H + 2 H F) a layer, two for each weight of its
-    six matrices, and a = 4 S H a layer in the attention.  Evaluation m + a.  Training adds a backward pass of
-    m + 2 a, since frozen weights need no gradient of their own; with --method full of 2 m + 2 a."""
-    device, B, S, cfg.steps = pick_device(cfg.device), cfg.batch_size, cfg.prompt_length + 36, 8
-    model = build_model(cfg, device, num_labels=7)[0]
-    layers, ids = model.backbone.encoder.layer, torch.randint(5, 400, (8 * B, 36), device=device)
+    with the layers' matrices alone.  Medians of 5 rounds of 8 batches, after one to warm up.  Operations for
+    each of S positions: m = 2 (4 H H + 2 H F) a layer, two for each weight of its matrices, and a = 4 S H a
+    layer in the attention.  Evaluation m + a.  Training adds a backward pass: m + 2 a, as frozen weights need
+    no gradient of their own; 2 m + 2 a with --method full."""
+    model, B, S, cfg.steps = build_model(cfg, num_labels=7)[0], cfg.batch_size, cfg.prompt_length + 36, 8
+    layers, ids = model.backbone.encoder.layer, torch.randint(5, 400, (8 * B, 36), device=cfg.device)
     data = Split(ids, torch.ones_like(ids), ids[:, 0] % 7, np.full(8 * B, 36), np.full(8 * B, "random"))
     optimizer = Adafactor(parameter_groups(model, cfg), cfg.lr)
     train_8 = lambda: train_epoch(model, data, optimizer, cfg, dict(step=0, curve=[], epoch_losses=[]), stop)
     matrices = [p.detach() for p in layers.parameters() if p.dim() == 2]
-    x = {w.shape[1]: torch.randn(B * S, w.shape[1], device=device, dtype=w.dtype) for w in matrices}
+    x = {w.shape[1]: torch.randn(B * S, w.shape[1], device=cfg.device, dtype=w.dtype) for w in matrices}
     m, a = 2 * sum(w.numel() for w in matrices), 4 * S * model.backbone.config.hidden_size * len(layers)
     works = {"products": (m, lambda: sum((x[w.shape[1]] @ w.T)[0, 0] for w in matrices * 8).item()),
              "training step": ((3 if cfg.method == "full" else 2) * m + 3 * a, train_8),
@@ -719,7 +719,7 @@ def benchmark(cfg, stop=()):
         print(f"{name:<15} {1000 * t:8.1f} {B * S / t:9.0f} {B / t:11.1f} {rate:8.0f} {rate / best:5.0%}")
     import resource                                # not on Windows
     peak = torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"peak memory {peak / 2**30:.2f} GiB; {model.backbone.dtype}, {device}")
+    print(f"peak memory {peak / 2**30:.2f} GiB; {cfg.dtype}, {cfg.device}")
 
 def main(argv=None):
     """The command line; -> exit code: 0 done, 1 the run failed, 2 wrong input, 128 + signal when stopped."""
