@@ -343,8 +343,8 @@ TABLE3 = {"Unseen": (64.0, 65.1), "Seen": (88.3, 87.6), "All": (76.1, 76.3)}  # 
 
 # ---------------------------------------------------------------------------------------------------- Runs
 CELL = ("method", "xpe_ratio", "source", "target")  # these keys of a config pick a run's cell in the tables,
-NOT_SETTINGS = ("seed", "out", "device", "languages", "target_steps", "init_from", "load", "predict",
-                "benchmark")                        # these are free to differ, all the rest are settings
+NOT_SETTINGS = ("seed", "out", "device", "languages", "target_steps", "load", "predict", "benchmark")
+# and all the rest are settings; init_from too, except on a target, where each run has its own by design.
 
 def stop(message):
     """End on the user's mistake: one line on stderr, exit code 2."""
@@ -363,7 +363,8 @@ def load_runs(folder):
             dual = f"DUAL-{round(100 * run['xpe_ratio'])}" if run["method"] == "dual" else ""
             label = {"spt": "SPT", "dual": dual, "xpe": "XPE", "full": "Full"}[run["method"]]
             kind = "full" if label == "Full" else "sequential" if run["target"] else "zero-shot"
-            setting = tuple(f"{key}={run[key]}" for key in sorted(run) if key not in CELL + NOT_SETTINGS)
+            free = CELL + NOT_SETTINGS + (("init_from",) if run["target"] else ())
+            setting = tuple(f"{key}={run[key]}" for key in sorted(run) if key not in free)
             accuracy = {code: float(percent) for code, percent in result["accuracy"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             stop(f"{path}: not the result of a run ({type(error).__name__}: {error})")

@@ -244,17 +244,27 @@ def test_rate_and_decay_of_each_parameter(recipe, method, table):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fast_dropout_is_dropout(dtype):
-    x = torch.full((1001, 300), 3.0, dtype=dtype, requires_grad=True)           # not a multiple of 4
+    x = torch.full((1001, 301), 3.0, dtype=dtype, requires_grad=True)           # one more than 4 x 75,325
     with xpe.FastDropout():
         y = torch.nn.Dropout(0.2)(x)
         assert torch.nn.Dropout(0.2).eval()(x) is x and torch.nn.functional.dropout(x, p=0.0) is x
     y.sum().backward()
-    kept = y != 0                                  # four lanes, each with 75,000 draws: deviation 0.0015
+    kept = y != 0
     assert set(y.unique().tolist()) == {0.0, (x[0, 0] / 0.8).item()}
     assert torch.equal(x.grad, kept.to(dtype) * 1.25)
-    lanes = kept.flatten()[:-4].view(-1, 4).double()                            # (75074, 4)
-    assert (lanes.mean(0) - 0.8).abs().max() < 0.006
-    assert (torch.corrcoef(lanes.T) - torch.eye(4)).abs().max() < 0.015         # deviation 0.0036
+    lanes = kept.flatten()[:-1].view(-1, 4).double()                            # (75325, 4)
+    assert (lanes.mean(0) - 0.8).abs().max() < 0.006                            # their deviation is 0.0015
+    assert (torch.corrcoef(lanes.T) - torch.eye(4)).abs().max() < 0.015         # and here 0.0036
+
+@pytest.mark.parametrize("dropout", ["on", "off"])
+def test_backbones_dropout_is_fast_and_can_be_off(dropout, tmp_path, monkeypatch):
+    rates, draw = [], xpe.FastDropout.dropout
+    def spy(self, x, p=0.5, training=True, inplace=False):
+        rates.append(p * training)
+        return draw(self, x, p, training)
+    monkeypatch.setattr(xpe.FastDropout, "dropout", spy)
+    launch(tmp_path, "--method", "spt", *SHORT, "1", "--head-dropout", "0", "--backbone-dropout", dropout)
+    assert sorted(set(rates)) == ([0.0, 0.1] if dropout == "on" else [0.0])
 
 def test_epoch_batches_cover_every_row_once():
     lengths = xpe.np.random.default_rng(0).integers(5, 60, size=1001)
@@ -380,6 +390,12 @@ def test_target_starts_where_the_source_run_ended(tmp_path):
             assert settings.items() <= target["config"].items()
     assert result(source)["accuracy"]["lao_Laoo"] > result(source)["accuracy"]["kab_Latn"]
 
+def test_init_from_a_run_with_another_source_is_refused(tmp_path, capsys):
+    folder = launch(tmp_path, *SHORT, "1")
+    argv = ["--target", "kab_Latn", "--init-from", folder, "--out", tmp_path / "b"]
+    refused(capsys, ["--init-from", "--source eng_Latn"], *argv)
+    assert not (tmp_path / "b").exists()
+
 def test_target_learns_from_its_own_sentences_alone(tmp_path, monkeypatch):
     used, train = [], xpe.train
     def spy(model, data, dev, *rest):
@@ -406,7 +422,9 @@ def test_full_fine_tuning_trains_the_backbone_and_no_prompt(tmp_path, monkeypatc
 def shell(folder, *command, path="", **settings):
     """A process of a command line, in a session of its own, where `python` is this one."""
     path = os.pathsep.join([path, str(Path(sys.executable).parent), os.environ["PATH"]]).lstrip(os.pathsep)
-    return subprocess.Popen(command, cwd=folder, env=os.environ | settings | dict(PATH=path), text=True,
+    theirs = "SEEDS STEPS BACKBONE DATA OUT JOBS SLURM_ARRAY_TASK_ID SLURM_SUBMIT_DIR".split()
+    outer = {name: value for name, value in os.environ.items() if name not in theirs}
+    return subprocess.Popen(command, cwd=folder, env=outer | settings | dict(PATH=path), text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 def test_grid_lists_the_runs_of_the_paper(tmp_path):
@@ -423,7 +441,8 @@ def test_grid_lists_the_runs_of_the_paper(tmp_path):
     assert {(cfg.method, cfg.source) for cfg in table3} == {("dual", "joshi5")} and len(table3) == 46 * 6
     assert {cfg.steps for cfg in [*table1, *table3]} == {24_000} and len(baselines) == (46 + 3) * 6
     assert {cfg.target_steps for cfg in table3} == {cfg.steps for cfg in baselines} == {6_000}
-    assert {cfg.dtype for cfg in table1} == {"bf16"} and not list(tmp_path.iterdir())
+    assert [{cfg.dtype for cfg in part} for part in (table1, table3, baselines)] == [{"bf16"}, {"bf16"}, {"fp32"}]
+    assert not list(tmp_path.iterdir())
 
 def test_killed_grid_goes_on_and_fills_the_tables(tmp_path, capsys):
     lines = shell(tmp_path, *GRID, "--list", "--toy", STEPS="60").communicate()[0].splitlines()
@@ -476,6 +495,7 @@ esac""")
     ("--prompt-length 100", ["100", "128 positions"]),
     ("--steps -1", ["--steps -1"]),
     ("--steps many", ["--steps", "'many'"]),
+    ("--seed 9999999999999999999999", ["--seed"]),
     ("--lr nan", ["--lr nan"]),
     ("--batch-size 0", ["--batch-size 0"]),
     ("--colour red", ["--colour"]),
@@ -754,6 +774,13 @@ def test_size_of_the_file():
     functions = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.FunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno >= 40] == []
     assert [number for number, line in enumerate(lines, 1) if len(line) > 110] == [] and len(lines) <= 750
+
+def test_help_is_whole_and_does_not_wait_for_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("1 / 0")
+    shown = subprocess.run([sys.executable, HERE / "xpe.py", "--help"], capture_output=True, text=True,
+                           env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    flags = {"--" + name.replace("_", "-") for name in vars(xpe.Config())}
+    assert shown.returncode == 0 and flags <= set(re.findall(r"--[\w-]+", shown.stdout))
 
 @pytest.mark.parametrize("where", ["README.md", "xpe.py", "groups.py"])
 def test_every_documented_command_parses(where, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def setting(default, text, choices=()):
 @dataclasses.dataclass
 class Config:
     """Everything that defines a run.  The command line is made from it: `prompt_lr` is `--prompt-lr`."""
-    method: str = setting("dual", "spt, xpe, dual (3); full: all, no prompt", ("spt", "xpe", "dual", "full"))
+    method: str = setting("dual", "spt, xpe, dual (3), or full fine-tuning", ("spt", "xpe", "dual", "full"))
     xpe_ratio: float = setting(None, "share of the prompt that is encoded, in (0, 1), dual only [0.7] (4.3)")
     source: str = setting("joshi5", "train on enarzho, joshi5, seen, or codes with commas (4.2)")
     languages: str = setting("all", "test on all, or codes with commas")
@@ -68,7 +68,7 @@ def parse(argv):
     for field in dataclasses.fields(Config):
         kind = dict(action="store_true") if field.type is bool else dict(
             type=field.type, default=field.default, choices=field.metadata["choices"] or None)
-        shown = "" if field.default in (None, "", False) else f" [{field.default}]"
+        shown = "" if field.default in (None, "") or field.default is False else f" [{field.default}]"
         parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"] + shown, **kind)
     def error(message):                            # argparse's own prints the usage too
         raise InputError(f"{message}; see --help")
@@ -428,10 +428,9 @@ def record(run, model, cfg, loss, dev_loss, guess, labels):
         run["best"] = {name: t.clone() for name, t in trainable(model).items()}
     if 2 * run["step"] >= cfg.steps:               # PAPER 4.4: after cycle 1; AUTHORS: from half-time on
         run["waited"] = 0 if not curve or dev_loss < min(c["dev_loss"] for c in curve) else run["waited"] + 1
-    majority = float(100 * np.bincount(labels).max() / len(labels))
-    curve.append(dict(epoch=len(curve) + 1, step=run["step"], loss=loss, dev_loss=dev_loss,
-                      dev_accuracy=accuracy, majority=majority, lr=run["lr"]))
-    left, run["epoch_losses"] = run["seconds"] * (cfg.steps / max(1, run["step"]) - 1), []
+    curve.append(dict(epoch=len(curve) + 1, step=run["step"], loss=loss, dev_loss=dev_loss, lr=run["lr"],
+                      dev_accuracy=accuracy, majority=float(100 * np.bincount(labels).max() / len(labels))))
+    left, run["epoch_losses"] = run["seconds"] * (max(1, cfg.steps) / max(1, run["step"]) - 1), []
     row = "{epoch:5d} {step:7d} {loss:7.3f} {dev_loss:9.3f} {dev_accuracy:9.1f}% {majority:8.1f}% {lr:9.1e}"
     print(row.format(**curve[-1]), f"{run['seconds']:8.0f} {left:8.0f}", flush=True)
     if len(set(guess.tolist())) == 1:
@@ -466,13 +465,13 @@ def claim_folder(cfg):
     """(folder, its result if finished, its checkpoint if interrupted) of a run named by what defines it.
     Raises InputError where the folder holds a run with other settings, or cannot be written to."""
     share = round(100 * cfg.xpe_ratio) if cfg.method == "dual" else ""
-    languages = "-".join(filter(None, (cfg.source, cfg.target))).replace(",", "+")[:100]
+    languages = "-".join(filter(None, (cfg.source[:100], cfg.target[:100]))).replace(",", "+")
     folder = Path(cfg.out, f"{'toy-' * cfg.toy}{cfg.method}{share}-{languages}-s{cfg.seed}")
     finished, begun = folder / "result.json", folder / "checkpoint.pt"
     with as_input_error(f"{folder}: not writable, or result.json not readable", "; choose another --out"):
         above = next(path for path in (folder, *folder.parents) if path.exists())
         tempfile.TemporaryFile(dir=above).close()                    # writable?  Leaves nothing
-        result = dict(json.loads(finished.read_text())) if finished.exists() else None
+        result = json.loads(finished.read_text()) if finished.exists() else None
     state = read_checkpoint(begun) if begun.exists() and not result else None
     theirs = (result or state or {}).get("config", {})
     differ = [f"{key} ({theirs[key]} there, {mine} here)" for key, mine in dataclasses.asdict(cfg).items()
@@ -552,17 +551,17 @@ def check(cfg):
     least = dict(steps=0, target_steps=0, seed=0, prompt_length=2 if cfg.method == "dual" else 1)
     for field in dataclasses.fields(cfg):
         value, low = getattr(cfg, field.name), least.get(field.name, 1 if field.type is int else 0)
-        high = 1 if field.name.endswith(("warmup", "dropout")) else math.inf
+        high = 1 if field.name.endswith(("warmup", "dropout")) else 2**63 if field.type is int else math.inf
         if field.type in (int, float) and value is not None and not low <= value < high:
             raise InputError(f"--{field.name.replace('_', '-')} {value}: must lie in [{low}, {high})")
     if cfg.predict and not cfg.load:
         raise InputError("--predict needs --load, the folder of an adapter")
     if cfg.method != "dual" and cfg.xpe_ratio is not None:
         raise InputError(f"--xpe-ratio belongs to --method dual; {cfg.method} has none")
-    ratio = 0.7 if cfg.xpe_ratio is None else cfg.xpe_ratio
-    if not 0 < ratio < 1:
-        raise InputError(f"--xpe-ratio {ratio:g}: must lie between 0 (--method spt) and 1 (--method xpe)")
-    cfg.xpe_ratio = {"xpe": 1.0, "dual": ratio}.get(cfg.method, 0.0)
+    if cfg.xpe_ratio is None:
+        cfg.xpe_ratio = {"dual": 0.7, "xpe": 1.0}.get(cfg.method, 0.0)
+    if cfg.method == "dual" and not 0 < cfg.xpe_ratio < 1:
+        raise InputError(f"--xpe-ratio {cfg.xpe_ratio:g}: must lie between 0 (like spt) and 1 (like xpe)")
     if cfg.method == "full":
         cfg.prompt_length, cfg.dtype = 0, "fp32"   # trained weights would not move in bf16
         if cfg.target:
@@ -588,7 +587,7 @@ def pick_languages(text, data):
     wanted = named.get(text) or [code.strip() for code in text.split(",")]
     for code in wanted:
         if code not in codes:
-            near = difflib.get_close_matches(code, [*codes, *groups.SOURCES], cutoff=0.4) or codes[:8]
+            near = difflib.get_close_matches(code, [*codes, *named], cutoff=0.4) or codes[:8]
             raise InputError(f"unknown language {code!r} in {data}; there are: {', '.join(near)}")
     return list(dict.fromkeys(wanted))
 
@@ -611,11 +610,13 @@ def build_model(cfg, num_labels):
     model = PromptedClassifier(backbone, prompt, num_labels, cfg.pool, cfg.head_dropout).to(cfg.device)
     backbone.requires_grad_(cfg.method == "full")
     if cfg.init_from:
-        path = Path(cfg.init_from, "checkpoint.pt")
+        start = Path(cfg.init_from)
         with as_input_error(f"--init-from {cfg.init_from}: does not fit", "; --method and prompt length must "
                             "be the same; a finished prompt has no encoder and goes on as --method spt"):
-            best = read_checkpoint(path)["run"]["best"] if path.exists() else None
-            copy_into(model, best or trainable(load_adapter(cfg.init_from, backbone)))
+            state = read_checkpoint(start / "checkpoint.pt") if (start / "checkpoint.pt").exists() else None
+            if state and cfg.target and state["config"]["source"] != cfg.source:
+                raise InputError(f"it was trained on --source {state['config']['source']}")
+            copy_into(model, state["run"]["best"] if state else trainable(load_adapter(start, backbone)))
     return model, tokenizer
 
 def run(cfg, stop=()):
@@ -650,12 +651,12 @@ def run(cfg, stop=()):
     return groups.print_result(result)
 
 def transfer(cfg, stop=()):
-    """Sequential transfer (4.1): train on the source languages, or take the run --init-from, then go on from
-    its best prompt and head on each target language alone.  Each is a run of its own, in its own folder."""
+    """Sequential transfer (4.1): go on from the best prompt and head of a source run in each target alone."""
     targets = pick_languages(cfg.target, cfg.data)
+    for split in ("train", "dev", "test"):         # read them before the source run, which takes long
+        load_rows(cfg.data, targets, split, None)
     if not cfg.init_from:
-        source = dataclasses.replace(cfg, target="")
-        run(source, stop)
+        run(source := dataclasses.replace(cfg, target=""), stop)
         cfg.init_from = str(claim_folder(source)[0])
     for code in targets:                           # PAPER 4.4: patience 30; AUTHORS: warm-up, no dropout
         run(dataclasses.replace(cfg, target=code, languages=code, steps=cfg.target_steps, patience=30,
@@ -700,14 +701,14 @@ def benchmark(cfg, stop=()):
     each of S positions: m = 2 (4 H H + 2 H F) a layer, two for each weight of its matrices, and a = 4 S H a
     layer in the attention.  Evaluation m + a.  Training adds a backward pass: m + 2 a, as frozen weights need
     no gradient of their own; 2 m + 2 a with --method full."""
-    model, B, S, cfg.steps = build_model(cfg, num_labels=7)[0], cfg.batch_size, cfg.prompt_length + 36, 8
-    layers, ids = model.backbone.encoder.layer, torch.randint(5, 400, (8 * B, 36), device=cfg.device)
+    cfg.steps, cfg.max_length, B, S = 8, 36, cfg.batch_size, cfg.prompt_length + 36
+    model, ids = build_model(cfg, num_labels=7)[0], torch.randint(5, 400, (8 * B, 36), device=cfg.device)
     data = Split(ids, torch.ones_like(ids), ids[:, 0] % 7, np.full(8 * B, 36), np.full(8 * B, "random"))
     optimizer = Adafactor(parameter_groups(model, cfg), cfg.lr)
     train_8 = lambda: train_epoch(model, data, optimizer, cfg, dict(step=0, curve=[], epoch_losses=[]), stop)
-    matrices = [p.detach() for p in layers.parameters() if p.dim() == 2]
+    matrices = [p.detach() for p in model.backbone.encoder.layer.parameters() if p.dim() == 2]
     x = {w.shape[1]: torch.randn(B * S, w.shape[1], device=cfg.device, dtype=w.dtype) for w in matrices}
-    m, a = 2 * sum(w.numel() for w in matrices), 4 * S * model.backbone.config.hidden_size * len(layers)
+    m, a = 2 * sum(w.numel() for w in matrices), 4 * S * matrices[0].shape[0] * len(matrices) // 6
     works = {"products": (m, lambda: sum((x[w.shape[1]] @ w.T)[0, 0] for w in matrices * 8).item()),
              "training step": ((3 if cfg.method == "full" else 2) * m + 3 * a, train_8),
              "evaluation": (m + a, lambda: predict(model, data, stop).sum().item())}
@@ -717,8 +718,8 @@ def benchmark(cfg, stop=()):
         rate = operations * B * S / t / 1e9
         best = rate if name == "products" else best
         print(f"{name:<15} {1000 * t:8.1f} {B * S / t:9.0f} {B / t:11.1f} {rate:8.0f} {rate / best:5.0%}")
-    import resource                                # not on Windows
-    peak = torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    from resource import RUSAGE_SELF, getrusage    # not on Windows; in kB on Linux, in bytes on macOS
+    peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF)[2] * 1024 ** (sys.platform == "linux")
     print(f"peak memory {peak / 2**30:.2f} GiB; {cfg.dtype}, {cfg.device}")
 
 def main(argv=None):
@@ -729,8 +730,7 @@ def main(argv=None):
         signal.signal(number, signal.SIG_DFL)      # a second one ends at once, whatever is under way
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        cfg = parse(argv)
-        check(cfg)
+        check(cfg := parse(argv))
         job = benchmark if cfg.benchmark else use_adapter if cfg.load else transfer if cfg.target else run
         job(cfg, stop)
         return 0
