@@ -288,7 +288,7 @@ def encode(rows, labels, tokenizer, device, max_length=164):
                  e["attention_mask"].sum(1).numpy(), np.array(languages))
 
 # --------------------------------------------------------------------------------- Training and evaluation
-def predict(model, split, stop=(), tokens=8192):
+def predict(model, split, stop=(), tokens=4096):
     """Logits (N, C) of every sentence, in order: one pass by length, about `tokens` positions a batch."""
     model.eval()
     order, at, parts, P = np.argsort(-split.lengths, kind="stable"), 0, [], len(model.prompt())
