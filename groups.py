@@ -516,7 +516,8 @@ def plot(runs, path):
         panel.set(xlim=(-1, len(codes)), ylabel="accuracy, percent", title=f"{name} by XLM-R in pretraining")
         panel.grid(alpha=0.4)
     panel.legend(loc="lower right")
-    figure.suptitle(f"Zero-shot, trained on {source} {heading} (codes in bold red: low-performing languages)")
+    trained = ", ".join(filter(None, (f"Zero-shot, trained on {source}", heading)))
+    figure.suptitle(f"{trained} (codes in bold red: low-performing languages)")
     figure.savefig(path, dpi=110)
 
 def main(argv=None):

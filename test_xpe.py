@@ -266,6 +266,17 @@ def test_backbones_dropout_is_fast_and_can_be_off(dropout, tmp_path, monkeypatch
     launch(tmp_path, "--method", "spt", *SHORT, "1", "--head-dropout", "0", "--backbone-dropout", dropout)
     assert sorted(set(rates)) == ([0.0, 0.1] if dropout == "on" else [0.0])
 
+@pytest.mark.parametrize("argv, there, expected", [
+    ("", True, ("cuda:0", "bf16")), ("", False, ("cpu", "fp32")), ("--device cpu", True, ("cpu", "fp32")),
+    ("--dtype fp32", True, ("cuda:0", "fp32")), ("--method full", True, ("cuda:0", "fp32"))])
+def test_auto_is_a_gpu_in_bf16_where_there_is_one(argv, there, expected, monkeypatch):
+    class Probe:                                   # what torch.empty gives on a machine with a GPU
+        def __init__(self, size, device):
+            self.device = {"cuda": "cuda:0"}.get(device, device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there), monkeypatch.setattr(torch, "empty", Probe)
+    xpe.check(cfg := xpe.parse(argv.split()))
+    assert (cfg.device, cfg.dtype) == expected
+
 def test_epoch_batches_cover_every_row_once():
     lengths = xpe.np.random.default_rng(0).integers(5, 60, size=1001)
     a, b, again = ([list(rows) for rows in xpe.epoch_batches(lengths, 32, 0, epoch)] for epoch in (0, 1, 0))
@@ -674,9 +685,10 @@ def test_bad_adapter_is_one_line(change, words, tmp_path, capsys):
 
 def test_load_gives_the_accuracy_of_the_run(runs, capsys):
     accuracy = result(runs["dual"])["accuracy"]
-    argv = ["--toy", "--load", str(runs["dual"] / "adapter"), "--languages", ",".join(accuracy)]
+    argv = ["--load", str(runs["dual"] / "adapter"), "--languages", ",".join(accuracy)]
+    argv += ["--data", "toy", "--max-length", "32"]                  # the backbone's name is in the adapter
     capsys.readouterr()
-    assert xpe.main(argv) == 0                     # the backbone's name is in the adapter
+    assert xpe.main(argv) == 0
     cells = re.findall(r"([a-z]{3}_[A-Z]\w+) +([\d.]+)", capsys.readouterr().out)
     assert {code: float(percent) for code, percent in cells} == {c: round(p, 1) for c, p in accuracy.items()}
 
