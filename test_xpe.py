@@ -452,7 +452,7 @@ def test_grid_lists_the_runs_of_the_paper(tmp_path):
     assert {(cfg.method, cfg.source) for cfg in table3} == {("dual", "joshi5")} and len(table3) == 46 * 6
     assert {cfg.steps for cfg in [*table1, *table3]} == {24_000} and len(baselines) == (46 + 3) * 6
     assert {cfg.target_steps for cfg in table3} == {cfg.steps for cfg in baselines} == {6_000}
-    assert [{cfg.dtype for cfg in part} for part in (table1, table3, baselines)] == [{"bf16"}, {"bf16"}, {"fp32"}]
+    assert {cfg.dtype for cfg in table1 + table3} == {"bf16"} and {cfg.dtype for cfg in baselines} == {"fp32"}
     assert not list(tmp_path.iterdir())
 
 def test_killed_grid_goes_on_and_fills_the_tables(tmp_path, capsys):
@@ -772,10 +772,14 @@ def test_readmes_copying_section_runs_as_it_stands(tmp_path, monkeypatch):
     ids = torch.full((2, 6), 5)
     names = pasted("The prompts")
     names |= dict(json=json, Path=Path, InputError=type("InputError", (ValueError,), {}))
-    names |= dict(Adafactor=xpe.Adafactor, backbone=xpe.load_backbone("toy")[0], input_ids=ids,
-                  attention_mask=torch.ones_like(ids))
+    names |= dict(Adafactor=xpe.Adafactor, cosine_with_restarts=xpe.cosine_with_restarts,
+                  backbone=xpe.load_backbone("toy")[0], batches=[(ids, torch.ones_like(ids), ids[:, 0])] * 3)
+    before = {name: p.clone() for name, p in names["backbone"].named_parameters()}
     exec(blocks[0].replace("1024", "64"), names)                     # the toy's hidden size
-    assert names["logits"].shape == (2, 7) and len(names["free"]) == 1
+    model, free = names["model"], names["free"]
+    assert len(free) == 1 and len(names["rest"]) == 1 + 6 + 4        # pseudo prompt, MLP, head
+    assert all(torch.equal(p, before[name]) for name, p in model.backbone.named_parameters())
+    assert all(p in names["optimizer"].state for p in free + names["rest"])
     exec("#" + section("Adapters"), names)
     before = names["model"].cache_prompt()(ids, torch.ones_like(ids))
     exec(blocks[1], names)

@@ -543,7 +543,7 @@ def load_adapter(folder, backbone):
         raise InputError(f"{folder}: {', '.join(wrong)}")
     for name, p in wanted.items():
         p.data.copy_(tensors[name])
-    return model
+    return model.eval()
 
 # -------------------------------------------------------------------------------------------- Command line
 def check(cfg):
