@@ -1,6 +1,7 @@
 """
 The languages of SIB-200, the groups and the published numbers of "Cross-Prompt Encoder for Low-Performing
-Languages", and the tables that put your runs beside them (--plot needs matplotlib, the rest only numpy):
+Languages", the toy's synthetic languages and encoder, and the tables that put your runs beside the paper's
+(--plot needs matplotlib, the tables only numpy):
 
     python groups.py runs                                            # the paper's tables with your runs
     python groups.py runs --plot languages.png --csv languages.csv   # and every language: a picture, a file
