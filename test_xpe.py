@@ -77,6 +77,12 @@ def whole(tmp_path_factory):
     """The folder of an uninterrupted run of 20 epochs."""
     return launch(tmp_path_factory.mktemp("whole"), *SHORT, 100)
 
+def await_checkpoint(folder, process):
+    """Wait until a run's first checkpoint is there, its process has ended, or two minutes are over."""
+    until = time.time() + 120
+    while not (folder / "checkpoint.pt").exists() and process.poll() is None and time.time() < until:
+        time.sleep(0.01)
+
 def result(folder):
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
@@ -167,6 +173,7 @@ def test_ratio_gives_the_number_of_encoded_vectors(ratio, encoded):
     prompt = xpe.build_prompt("dual", 20, 8, ratio)
     assert prompt.encoded.pseudo_prompt.shape == (encoded, 8) and prompt().shape == (20, 8)
     assert prompt.standard.vectors.shape == (20 - encoded, 8)
+    pytest.raises(KeyError, xpe.build_prompt, "xep", 20, 8)          # a slip is no soft prompt
 
 @pytest.mark.parametrize("method, rows", [("spt", "1111"), ("dual", "1122"), ("xpe", "2222")])
 def test_standard_part_first_encoded_part_second(method, rows):
@@ -314,11 +321,10 @@ def test_one_seed_twice_is_bit_identical(steps, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_interrupted_run_ends_as_if_it_never_was(number, code, whole, tmp_path):
-    argv, folder, until = [*SHORT, "100", "--out", str(tmp_path)], tmp_path / whole.name, time.time() + 120
+    argv, folder = [*SHORT, "100", "--out", str(tmp_path)], tmp_path / whole.name
     process = subprocess.Popen([sys.executable, str(HERE / "xpe.py"), "--toy", *argv], text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not (folder / "checkpoint.pt").exists() and process.poll() is None and time.time() < until:
-        time.sleep(0.01)
+    await_checkpoint(folder, process)
     process.send_signal(number)
     assert "Traceback" not in process.communicate()[1] and process.returncode == code
     assert (folder / "checkpoint.pt").exists() and not (folder / "result.json").exists()
@@ -459,9 +465,8 @@ def test_killed_grid_goes_on_and_fills_the_tables(tmp_path, capsys):
     lines = shell(tmp_path, *GRID, "--list", "--toy", STEPS="60").communicate()[0].splitlines()
     script = lines[0] + "&&" + lines[3]            # two cells: SPT and XPE, from Joshi5
     first, second = tmp_path / "runs/toy-spt-joshi5-s0", tmp_path / "runs/toy-xpe-joshi5-s0"
-    process, until = shell(tmp_path, "bash", "-c", script), time.time() + 120
-    while not (second / "checkpoint.pt").exists() and process.poll() is None and time.time() < until:
-        time.sleep(0.01)
+    process = shell(tmp_path, "bash", "-c", script)
+    await_checkpoint(second, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     before = files(first)
@@ -486,7 +491,7 @@ esac""")
     error = process.communicate()[1]
     ran = (tmp_path / "ran").read_text().splitlines()
     assert process.returncode == 1 and len(ran) == 46 and error.count("FAILED") == 1 and "spt" in error
-    lines = shell(tmp_path, *GRID, "--toy", path=str(stub.parent), SLURM_ARRAY_TASK_ID="46").communicate()
+    shell(tmp_path, *GRID, "--toy", path=str(stub.parent), SLURM_ARRAY_TASK_ID="46").communicate()
     assert (tmp_path / "ran").read_text().splitlines()[46:] == ran[-1:]
     process = shell(tmp_path, *GRID, "--toy", SLURM_ARRAY_TASK_ID="47")
     assert "46 lines" in process.communicate()[1] and process.returncode
@@ -778,6 +783,7 @@ def test_readmes_copying_section_runs_as_it_stands(tmp_path, monkeypatch):
     exec(blocks[0].replace("1024", "64"), names)                     # the toy's hidden size
     model, free = names["model"], names["free"]
     assert len(free) == 1 and len(names["rest"]) == 1 + 6 + 4        # pseudo prompt, MLP, head
+    assert model(ids, torch.ones_like(ids)).shape == (2, 7)
     assert all(torch.equal(p, before[name]) for name, p in model.backbone.named_parameters())
     assert all(p in names["optimizer"].state for p in free + names["rest"])
     exec("#" + section("Adapters"), names)

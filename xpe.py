@@ -118,7 +118,7 @@ class DualPrompt(torch.nn.Module):
 def build_prompt(method, length, hidden, ratio=0.7, **encoder):
     """The prompt of a method: its share of encoded vectors is 0 (spt), `ratio` (dual) or 1 (xpe).
     `encoder` goes to CrossPromptEncoder (mlp_hidden, dropout).  Raises ValueError where DUAL has no room."""
-    n = round(length * {"xpe": 1.0, "dual": ratio}.get(method, 0.0))                   # encoded vectors
+    n = round(length * {"spt": 0.0, "full": 0.0, "dual": ratio, "xpe": 1.0}[method])   # encoded vectors
     if method == "dual":
         if length < 2:
             raise ValueError("a dual prompt needs a length of at least 2: one standard, one encoded vector")
