@@ -116,14 +116,12 @@ def model_of(method="dual", pool="first", labels=7):
     prompt = xpe.build_prompt(method, 6, 64, 0.5)
     return xpe.PromptedClassifier(xpe.load_backbone("toy")[0], prompt, labels, pool).eval()
 
-@torch.no_grad()
 def logits(model, *texts):
     """Logits of ours (B, C), or of a model of transformers or PEFT, on right-padded texts."""
     e = xpe.load_backbone("toy")[1](list(texts or TEXTS), padding=True, return_tensors="pt")
     out = model(input_ids=e["input_ids"], attention_mask=e["attention_mask"])
     return getattr(out, "logits", out)
 
-@torch.no_grad()
 def by_hand(backbone, prompt, head, texts, position=0):
     """Logits of [prompt | text], one text at a time, from a backbone and {name: tensor} of a head."""
     tokenizer, states = xpe.load_backbone("toy")[1], []
@@ -157,6 +155,16 @@ def test_adafactor_is_transformers(decay, scale, dtype, tolerance):
             p.grad = q.grad = torch.randn_like(p) * scale * (10 if step % 9 == 8 else 1)
         a.step(), b.step()
         assert all(close(p, q, tolerance) for p, q in zip(ours, theirs)), step
+
+def test_adafactor_takes_a_closure():
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = xpe.Adafactor([p], lr=0.1)
+
+    def closure():
+        loss = (p - 1).square().sum()
+        loss.backward()
+        return loss
+    assert optimizer.step(closure).item() == 3 and close(p, torch.full((3,), 0.1), 1e-7)
 
 @pytest.mark.parametrize("warmup, total, cycles", [(0, 30, 1), (3, 30, 2), (10, 97, 3), (2400, 24_000, 2)])
 def test_schedule_is_transformers(warmup, total, cycles):
@@ -209,10 +217,14 @@ def test_prompt_of_length_0_is_the_plain_classifier(tiny):
     assert close(logits(model), logits(plain), 1e-6)
 
 @pytest.mark.parametrize("pool, position", [("first", 0), ("bos", 6)])
-def test_logits_by_hand_whatever_the_padding(pool, position):
+def test_logits_and_gradient_by_hand_whatever_the_padding(pool, position):
     model = model_of(pool=pool)
+    found = logits(model)
     expected = by_hand(model.backbone, model.prompt(), model.head.state_dict(), TEXTS, position)
-    assert close(logits(model), expected, 1e-6) and not close(expected[:1], expected[1:2], 1e-3)
+    assert close(found, expected, 1e-6) and not close(expected[:1], expected[1:2], 1e-3)
+    for p in model.prompt.parameters():
+        a, b = (torch.autograd.grad(y.square().sum(), p, retain_graph=True)[0] for y in (found, expected))
+        assert close(a, b, 1e-5 * b.abs().max().item()) and b.abs().max() > 0
     assert close(logits(model, TEXTS[1]), expected[1:2], 1e-6)
 
 @pytest.mark.parametrize("method", METHODS)

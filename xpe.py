@@ -98,12 +98,11 @@ class CrossPromptEncoder(torch.nn.Module):
     """XPE (3.1): F_theta(pseudo prompt), one small MLP applied to each vector alone.  forward() -> (P, H)."""
     def __init__(self, length, hidden, mlp_hidden=256, dropout=0.1):
         super().__init__()
-        nn = torch.nn
-        self.pseudo_prompt = nn.Parameter(torch.randn(length, hidden))
-        self.mlp = nn.Sequential(                                    # AUTHORS: "two layers" are three Linears
-            nn.Linear(hidden, mlp_hidden), nn.ReLU(), nn.Dropout(dropout),
-            nn.Linear(mlp_hidden, mlp_hidden), nn.ReLU(), nn.Dropout(dropout),
-            nn.Linear(mlp_hidden, hidden))
+        self.pseudo_prompt = torch.nn.Parameter(torch.randn(length, hidden))
+        self.mlp = torch.nn.Sequential(                              # AUTHORS: "two layers" are three Linears
+            torch.nn.Linear(hidden, mlp_hidden), torch.nn.ReLU(), torch.nn.Dropout(dropout),
+            torch.nn.Linear(mlp_hidden, mlp_hidden), torch.nn.ReLU(), torch.nn.Dropout(dropout),
+            torch.nn.Linear(mlp_hidden, hidden))
     def forward(self):
         return self.mlp(self.pseudo_prompt)                          # (P, H) -> (P, H)
 
@@ -150,13 +149,15 @@ class PromptedClassifier(torch.nn.Module):
         """(B, T) token ids and their mask, 1 on text and 0 on right padding -> logits (B, C), fp32."""
         words = self.backbone.get_input_embeddings()(input_ids)                              # (B, T, H)
         prompt = self.prompt().to(words.dtype)             # encoded once a step, not once an example (P, H)
-        P = len(prompt)
         x = torch.cat([prompt.expand(len(words), -1, -1), words], dim=1)                     # (B, P + T, H)
-        mask = torch.nn.functional.pad(attention_mask, (P, 0), value=1)                      # (B, P + T)
-        # The backbone adds positions, running on from prompt to text, and LayerNorm: the prompt enters below.
-        states = self.backbone(inputs_embeds=x, attention_mask=mask).last_hidden_state       # (B, P + T, H)
-        # AUTHORS: their head, like PEFT's, reads position 0: the first virtual token, not <s>.
-        return self.head(states[:, P if self.pool == "bos" else 0].float())                  # (B, C)
+        mask = torch.nn.functional.pad(attention_mask, (len(prompt), 0), value=1)            # (B, P + T)
+        at = len(prompt) if self.pool == "bos" else 0  # AUTHORS: like PEFT, the first virtual token, not <s>
+        # The head reads nothing else: behind its attention, the last layer skips all other positions.
+        behind = self.backbone.encoder.layer[-1].attention.output
+        with behind.register_forward_pre_hook(lambda _, inputs: tuple(t[:, at:at + 1] for t in inputs)):
+            # The backbone adds positions, on from prompt to text, and LayerNorm: the prompt enters below.
+            states = self.backbone(inputs_embeds=x, attention_mask=mask).last_hidden_state   # (B, 1, H)
+        return self.head(states[:, 0].float())                                               # (B, C)
     def cache_prompt(self):
         """Keep only the finished prompt (3.1): encoder and pseudo prompt are not needed at inference."""
         finished = self.eval().prompt().detach().clone()                                     # (P, H)
@@ -175,12 +176,14 @@ class Adafactor(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, clip_threshold=clip_threshold,
                                       decay_rate=decay_rate, eps=eps))
     @torch.no_grad()
-    def step(self):
-        """One update of every parameter that has a gradient."""
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; -> the loss, if a closure computes it."""
+        loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 update = self.update(p.grad, self.state[p], group)
                 p.add_(p, alpha=-group["lr"] * group["weight_decay"]).sub_(update * group["lr"])
+        return loss
     def update(self, g, state, group):
         """A gradient, normalised and clipped; advances its running averages."""
         state["step"] = t = state.get("step", 0) + 1
@@ -326,8 +329,7 @@ def parameter_groups(model, cfg):
     for name, p in model.named_parameters():
         lr, decay = cfg.lr, cfg.weight_decay
         if name.endswith("vectors"):                                 # PAPER 4.4: 5e-3, no decay, always
-            small = released and cfg.method == "dual"                # AUTHORS: the small rate in DUAL
-            lr, decay = cfg.lr if small else cfg.prompt_lr, 0.0
+            lr, decay = cfg.lr if released and cfg.method == "dual" else cfg.prompt_lr, 0.0  # AUTHORS: cfg.lr
         elif released and name.endswith("pseudo_prompt"):            # PAPER 4.4: a part of the encoder
             lr, decay = cfg.prompt_lr, 0.0                           # AUTHORS: the large rate, no decay
         elif released and name.endswith("bias"):                     # AUTHORS: no decay on biases
@@ -643,8 +645,7 @@ def run(cfg, stop=()):
                   groups=groups.group_means(accuracy), dev_curve=trained["curve"],
                   dev_accuracy=max(c["dev_accuracy"] for c in trained["curve"]))
     if cfg.pool == "first" and cfg.method != "full":                 # another, PEFT's layout cannot say
-        facts = {key: result[key] for key in ("config", "dev_accuracy", "groups")}
-        save_adapter(model, folder / "adapter", cfg.backbone, dict(labels=labels, languages=sources, **facts))
+        save_adapter(model, folder / "adapter", cfg.backbone, dict(result, labels=labels, languages=sources))
     write_file(folder / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
     if cfg.method == "full":
         (folder / "checkpoint.pt").unlink()        # 5 GB of XLM-R large
@@ -668,10 +669,8 @@ def use_adapter(cfg, stop=()):
     labels, cfg.prompt_length = adapter["labels"] or list(groups.LABELS), adapter["num_virtual_tokens"]
     if cfg.backbone == Config.backbone:            # the default: the adapter knows better
         cfg.backbone = adapter.get("base_model_name_or_path") or cfg.backbone
-    if cfg.predict:
-        rows = [(line, labels[0], "") for line in read_lines(cfg.predict)]
-    else:
-        rows = load_rows(cfg.data, pick_languages(cfg.languages, cfg.data), "test", labels)
+    rows = ([(line, labels[0], "") for line in read_lines(cfg.predict)] if cfg.predict else
+            load_rows(cfg.data, pick_languages(cfg.languages, cfg.data), "test", labels))
     backbone, tokenizer = backbone_of(cfg)
     model = load_adapter(cfg.load, backbone).cache_prompt()
     if len(labels) != model.head.out_proj.out_features:
@@ -698,9 +697,9 @@ def read_lines(path):
 def benchmark(cfg, stop=()):
     """--benchmark: a training step and an evaluation batch of texts of 36 random tokens, beside the products
     with the layers' matrices alone.  Medians of 5 rounds of 8 batches, after one to warm up.  Operations for
-    each of S positions: m = 2 (4 H H + 2 H F) a layer, two for each weight of its matrices, and a = 4 S H a
-    layer in the attention.  Evaluation m + a.  Training adds a backward pass: m + 2 a, as frozen weights need
-    no gradient of their own; 2 m + 2 a with --method full."""
+    each of S positions: m = 2 (4 H H + 2 H F) a layer, two for each weight of its matrices, where the last
+    three of the last layer count for one position; a = 4 S H a layer in the attention.  Evaluation m + a.
+    Training adds a backward pass: m + 2 a, frozen weights need no gradient; 2 m + 2 a with --method full."""
     cfg.steps, cfg.max_length, B, S = 8, 36, cfg.batch_size, cfg.prompt_length + 36
     model, ids = build_model(cfg, num_labels=7)[0], torch.randint(5, 400, (8 * B, 36), device=cfg.device)
     data = Split(ids, torch.ones_like(ids), ids[:, 0] % 7, np.full(8 * B, 36), np.full(8 * B, "random"))
@@ -708,8 +707,9 @@ def benchmark(cfg, stop=()):
     train_8 = lambda: train_epoch(model, data, optimizer, cfg, dict(step=0, curve=[], epoch_losses=[]), stop)
     matrices = [p.detach() for p in model.backbone.encoder.layer.parameters() if p.dim() == 2]
     x = {w.shape[1]: torch.randn(B * S, w.shape[1], device=cfg.device, dtype=w.dtype) for w in matrices}
-    m, a = 2 * sum(w.numel() for w in matrices), 4 * S * matrices[0].shape[0] * len(matrices) // 6
-    works = {"products": (m, lambda: sum((x[w.shape[1]] @ w.T)[0, 0] for w in matrices * 8).item()),
+    every, last = (2 * sum(w.numel() for w in some) for some in (matrices, matrices[-3:]))
+    m, a = every - last + last / S, 4 * S * matrices[0].shape[0] * len(matrices) // 6
+    works = {"products": (every, lambda: sum((x[w.shape[1]] @ w.T)[0, 0] for w in matrices * 8).item()),
              "training step": ((3 if cfg.method == "full" else 2) * m + 3 * a, train_8),
              "evaluation": (m + a, lambda: predict(model, data, stop).sum().item())}
     print(f"a batch of {B:<4} {'ms':>8} {'tokens/s':>9} {'sentences/s':>11} {'GFLOP/s':>8} share")
