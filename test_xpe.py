@@ -235,6 +235,21 @@ def test_cached_prompt_gives_the_same_and_needs_no_encoder(method):
 
 # ------------------------------------------------------------------------------------------------ Training
 
+def test_best_epoch_is_kept_and_patience_counts_from_half_time():
+    labels, cfg, model = xpe.np.array([0, 0, 1, 1]), xpe.Config(steps=8), model_of("spt")
+    run, kept, waited = dict(step=0, curve=[], lr=0.0, best=None, waited=0, seconds=0.0), [], []
+    epochs = [(2, 0.9, 2), (4, 0.5, 3), (5, 0.7, 3), (6, 0.6, 2), (7, 0.4, 4), (8, 0.6, 4)]
+    for epoch, (run["step"], dev_loss, right) in enumerate(epochs):  # so many of the four labels are right
+        model.prompt.vectors.data.fill_(epoch)
+        xpe.record(run, model, cfg, 1.0, dev_loss, xpe.np.where(xpe.np.arange(4) < right, labels, 2), labels)
+        kept.append(run["best"]["prompt.vectors"][0, 0].item()), waited.append(run["waited"])
+    assert kept == [0, 1, 1, 1, 4, 4] and waited == [0, 0, 1, 2, 0, 1]
+
+def test_patience_ends_a_run(tmp_path):
+    short = ["--source", "eng_Latn", "--languages", "eng_Latn", "--steps", 400, "--lr", 0.3, "--patience", 1]
+    curve = result(launch(tmp_path, *short))["dev_curve"]
+    assert 200 <= curve[-1]["step"] < 400 and curve[-1]["dev_loss"] >= min(c["dev_loss"] for c in curve[:-1])
+
 def test_backbone_stays_frozen(tmp_path, monkeypatch):
     seen, train = [], xpe.train
 
@@ -323,6 +338,8 @@ def test_toy_learns_what_the_backbone_knows(runs, method):
     assert {"config", "versions", "seconds", "trainable_parameters", "dev_accuracy"} < report.keys()
     assert len(report["accuracy"]) == 7 and report["dev_curve"][-1]["step"] == 120
     assert len((runs[method] / "log.csv").read_text().splitlines()) == 1 + len(report["dev_curve"])
+    for c in report["dev_curve"]:                  # the last step's, with warm-up in the first 12 of 120
+        assert c["lr"] == pytest.approx(6e-3 * xpe.cosine_with_restarts(c["step"] - 1, 12, 120))
 
 # --------------------------------------------------------------------------- Repeated, stopped, gone on with
 
@@ -405,7 +422,7 @@ def test_start_is_not_broadcast(tmp_path, capsys):
 
 GRID = "bash", str(HERE / "run_all.sh")
 
-def test_target_starts_where_the_source_run_ended(tmp_path):
+def test_target_starts_where_the_source_run_ended(tmp_path, monkeypatch):
     codes, source = ["lao_Laoo", "kab_Latn"], tmp_path / "a/toy-dual70-eng_Latn-s0"
     argv = ["--toy", *SHORT, "60", "--target", ",".join(codes), "--target-steps", "0"]
     argv += ["--languages", ",".join(codes)]
@@ -418,6 +435,24 @@ def test_target_starts_where_the_source_run_ended(tmp_path):
             settings = dict(steps=0, warmup=0.05, dropout=0.0, patience=30, target=code)
             assert settings.items() <= target["config"].items()
     assert result(source)["accuracy"]["lao_Laoo"] > result(source)["accuracy"]["kab_Latn"]
+    before = files(tmp_path)                       # the same runs by other paths, and in a folder that moved
+    monkeypatch.chdir(tmp_path)
+    assert xpe.main([*argv, "--out", "./b/", "--init-from", "a/toy-dual70-eng_Latn-s0/"]) == 0
+    Path("a").rename("moved")
+    assert xpe.main([*argv, "--out", "moved"]) == 0
+    assert {str(p).replace("moved", "a"): what for p, what in files(tmp_path).items()} == {
+        str(p): what for p, what in before.items()}
+
+def test_target_keeps_the_labels_of_its_source(own, tmp_path, capsys):
+    argv = ["--toy", "--data", str(own), "--source", "xx", "--target", "yy", "--steps", "20"]
+    argv += ["--target-steps", "0", "--out", str(tmp_path / "first")]
+    refused(capsys, ["yy/train.tsv:3", "'c'"], *argv[1:], "--languages", "xx")   # its rows are b, c, b, ...
+    for split in ("train", "dev", "test"):
+        write_tsv(own / f"yy/{split}.tsv", [("b", WORDS["b"])] * 4)              # no a
+    assert xpe.main([*argv, "--languages", "xx,yy", "--out", str(tmp_path / "again")]) == 0
+    source, target = (tmp_path / f"again/toy-dual70-xx{name}-s0" for name in ("", "-yy"))
+    assert result(target)["accuracy"] == {"yy": result(source)["accuracy"]["yy"]}
+    assert json.loads((target / "adapter/xpe.json").read_text())["labels"] == ["a", "b"]
 
 def test_init_from_a_run_with_another_source_is_refused(tmp_path, capsys):
     folder = launch(tmp_path, *SHORT, "1")
@@ -794,7 +829,7 @@ def test_readmes_copying_section_runs_as_it_stands(tmp_path, monkeypatch):
     before = {name: p.clone() for name, p in names["backbone"].named_parameters()}
     exec(blocks[0].replace("1024", "64"), names)                     # the toy's hidden size
     model, free = names["model"], names["free"]
-    assert len(free) == 1 and len(names["rest"]) == 1 + 6 + 4        # pseudo prompt, MLP, head
+    assert len(free) == 1 and len(names["rest"]) == 1 + 6 + 4 and model.backbone.training
     assert model(ids, torch.ones_like(ids)).shape == (2, 7)
     assert all(torch.equal(p, before[name]) for name, p in model.backbone.named_parameters())
     assert all(p in names["optimizer"].state for p in free + names["rest"])
@@ -818,14 +853,12 @@ def test_help_is_whole_and_does_not_wait_for_torch(tmp_path):
 
 @pytest.mark.parametrize("where", ["README.md", "xpe.py", "groups.py"])
 def test_every_documented_command_parses(where, tmp_path, monkeypatch):
-    if not (HERE / where).exists():
-        pytest.skip(f"no {where}")
     fence = r"^```\w*\n(.*?)^```" if where == "README.md" else r'\A"""(.*?)"""'
     blocks = re.findall(fence, (HERE / where).read_text(encoding="utf-8"), flags=re.M | re.S)
     found = re.findall(r"python3? (xpe|groups)\.py\b([^|&;<>\n]*)", "\n".join(blocks).replace("\\\n", " "))
     monkeypatch.setattr(groups, "load_runs", lambda folder: 1 / 0)   # as far as the arguments, no further
     for script, rest in found:
-        argv = [re.sub(r"\$\{?\w+}?", "0", word) for word in shlex.split(rest, comments=True)]
+        argv = shlex.split(rest, comments=True)
         if "--load" in argv:                       # an adapter says for which backbone it is
             argv[argv.index("--load") + 1] = str(adapter(tmp_path, {}))
         if script == "xpe":

@@ -152,10 +152,10 @@ class PromptedClassifier(torch.nn.Module):
         x = torch.cat([prompt.expand(len(words), -1, -1), words], dim=1)                     # (B, P + T, H)
         mask = torch.nn.functional.pad(attention_mask, (len(prompt), 0), value=1)            # (B, P + T)
         at = len(prompt) if self.pool == "bos" else 0  # AUTHORS: like PEFT, the first virtual token, not <s>
-        # The head reads nothing else: behind its attention, the last layer skips all other positions.
+        # Only that is read: the last layer drops the rest after attention (excludes gradient checkpointing).
         behind = self.backbone.encoder.layer[-1].attention.output
         with behind.register_forward_pre_hook(lambda _, inputs: tuple(t[:, at:at + 1] for t in inputs)):
-            # The backbone adds positions, on from prompt to text, and LayerNorm: the prompt enters below.
+            # The backbone itself adds positions, counted through prompt and text, and applies LayerNorm.
             states = self.backbone(inputs_embeds=x, attention_mask=mask).last_hidden_state   # (B, 1, H)
         return self.head(states[:, 0].float())                                               # (B, C)
     def cache_prompt(self):
@@ -413,6 +413,7 @@ def train(model, data, dev, cfg, folder, stop=(), state=None):
             loss = train_epoch(model, data, optimizer, cfg, run, stop)
             _, dev_loss, guess = evaluate(model, dev, stop)
         except KeyboardInterrupt:                  # `stop` holds a signal
+            run["seconds"] = time.time() - began
             save_checkpoint(model, optimizer, run, cfg, folder)
             raise
         if not math.isfinite(dev_loss):            # the epoch's last update broke it
@@ -518,9 +519,8 @@ def read_adapter(folder):
         raise InputError(f"{folder}: not a readable adapter ({type(error).__name__}: {error})") from None
 
 def load_adapter(folder, backbone):
-    """A PromptedClassifier from our own folder, any PEFT PROMPT_TUNING one, or the authors' P_TUNING one.
-    The authors' layout brings pseudo prompt and encoder, the others the finished prompt.  Raises InputError
-    that names a missing or surplus tensor or one of a wrong shape.  Only safetensors are read."""
+    """A PromptedClassifier from our folder, any PEFT PROMPT_TUNING one, or the authors' P_TUNING one, whose
+    prompt still has its encoder.  Raises InputError that names a missing, surplus or misshapen tensor."""
     config, tensors = read_adapter(folder)
     kind, P, H = config["peft_type"], config["num_virtual_tokens"], backbone.config.hidden_size
     shape = lambda name: [*tensors[name].shape, 0] if name in tensors else [0, 0]
@@ -572,6 +572,7 @@ def check(cfg):
     with as_input_error(f"--device {cfg.device}: not on this machine", "; use cpu or auto"):
         cfg.device = str(torch.empty(0, device=auto if cfg.device == "auto" else cfg.device).device)
     cfg.dtype = {"auto": "bf16" if cfg.device.startswith("cuda") else "fp32"}.get(cfg.dtype, cfg.dtype)
+    cfg.init_from = cfg.init_from and os.path.relpath(cfg.init_from, cfg.out)    # both can move, together
     if cfg.weight_decay is None:
         cfg.weight_decay = 0.01 if cfg.recipe == "released" else 0.1             # PAPER 4.4: 0.1
 
@@ -612,8 +613,8 @@ def build_model(cfg, num_labels):
     model = PromptedClassifier(backbone, prompt, num_labels, cfg.pool, cfg.head_dropout).to(cfg.device)
     backbone.requires_grad_(cfg.method == "full")
     if cfg.init_from:
-        start = Path(cfg.init_from)
-        with as_input_error(f"--init-from {cfg.init_from}: does not fit", "; --method and prompt length must "
+        start = Path(os.path.normpath(Path(cfg.out, cfg.init_from)))
+        with as_input_error(f"--init-from {start}: does not fit", "; --method and prompt length must "
                             "be the same; a finished prompt has no encoder and goes on as --method spt"):
             state = read_checkpoint(start / "checkpoint.pt") if (start / "checkpoint.pt").exists() else None
             if state and cfg.target and state["config"]["source"] != cfg.source:
@@ -629,7 +630,7 @@ def run(cfg, stop=()):
         return groups.print_result(result)
     sources = pick_languages(cfg.target or cfg.source, cfg.data)
     targets = pick_languages(cfg.languages, cfg.data)
-    names = {name for code in sources for name in load_language(cfg.data, code, "train")[1]}
+    names = {name for _, name, _ in load_rows(cfg.data, pick_languages(cfg.source, cfg.data), "train", None)}
     labels = sorted(groups.LABELS if names > set(groups.LABELS) else names)  # an eighth in SIB-200 is a slip
     parts = (sources, "train"), (sources, "dev"), (targets, "test")
     rows = [load_rows(cfg.data, *part, labels) for part in parts]    # before the backbone, which takes long
@@ -658,7 +659,7 @@ def transfer(cfg, stop=()):
         load_rows(cfg.data, targets, split, None)
     if not cfg.init_from:
         run(source := dataclasses.replace(cfg, target=""), stop)
-        cfg.init_from = str(claim_folder(source)[0])
+        cfg.init_from = claim_folder(source)[0].name
     for code in targets:                           # PAPER 4.4: patience 30; AUTHORS: warm-up, no dropout
         run(dataclasses.replace(cfg, target=code, languages=code, steps=cfg.target_steps, patience=30,
                                 warmup=0.05, dropout=0.0), stop)
@@ -688,11 +689,10 @@ def read_lines(path):
     """The lines of a UTF-8 file, or of standard input for "-".  Raises InputError that names the line."""
     with as_input_error(f"--predict {path}: cannot be read"):
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    lines = raw.replace(b"\r\n", b"\n").removesuffix(b"\n").split(b"\n") if raw else []
-    for i, line in enumerate(lines):
-        with as_input_error(f"--predict {path}: line {i + 1} is not UTF-8"):
-            lines[i] = line.decode()
-    return lines
+    try:
+        return raw.decode().replace("\r\n", "\n").removesuffix("\n").split("\n") if raw else []
+    except UnicodeDecodeError as error:
+        raise InputError(f"--predict {path}: line {raw[:error.start].count(10) + 1} is not UTF-8") from None
 
 def benchmark(cfg, stop=()):
     """--benchmark: a training step and an evaluation batch of texts of 36 random tokens, beside the products
