@@ -22,6 +22,7 @@ from statistics import fmean
 # Before anything reads them.  One thread: in models as tiny as these, two would mostly wait for each other.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -236,12 +237,12 @@ def test_cached_prompt_gives_the_same_and_needs_no_encoder(method):
 # ------------------------------------------------------------------------------------------------ Training
 
 def test_best_epoch_is_kept_and_patience_counts_from_half_time():
-    labels, cfg, model = xpe.np.array([0, 0, 1, 1]), xpe.Config(steps=8), model_of("spt")
+    labels, cfg, model = np.array([0, 0, 1, 1]), xpe.Config(steps=8), model_of("spt")
     run, kept, waited = dict(step=0, curve=[], lr=0.0, best=None, waited=0, seconds=0.0), [], []
     epochs = [(2, 0.9, 2), (4, 0.5, 3), (5, 0.7, 3), (6, 0.6, 2), (7, 0.4, 4), (8, 0.6, 4)]
     for epoch, (run["step"], dev_loss, right) in enumerate(epochs):  # so many of the four labels are right
         model.prompt.vectors.data.fill_(epoch)
-        xpe.record(run, model, cfg, 1.0, dev_loss, xpe.np.where(xpe.np.arange(4) < right, labels, 2), labels)
+        xpe.record(run, model, cfg, 1.0, dev_loss, np.where(np.arange(4) < right, labels, 2), labels)
         kept.append(run["best"]["prompt.vectors"][0, 0].item()), waited.append(run["waited"])
     assert kept == [0, 1, 1, 1, 4, 4] and waited == [0, 0, 1, 2, 0, 1]
 
@@ -312,7 +313,7 @@ def test_auto_is_a_gpu_in_bf16_where_there_is_one(argv, there, expected, monkeyp
     assert (cfg.device, cfg.dtype) == expected
 
 def test_epoch_batches_cover_every_row_once():
-    lengths = xpe.np.random.default_rng(0).integers(5, 60, size=1001)
+    lengths = np.random.default_rng(0).integers(5, 60, size=1001)
     a, b, again = ([list(rows) for rows in xpe.epoch_batches(lengths, 32, 0, epoch)] for epoch in (0, 1, 0))
     assert sorted(sum(a, [])) == sorted(sum(b, [])) == list(range(1001)) and a == again != b
     assert sorted(map(len, a)) == [9] + [32] * 31

@@ -691,7 +691,7 @@ def read_lines(path):
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     try:
         return raw.decode().replace("\r\n", "\n").removesuffix("\n").split("\n") if raw else []
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError as error:            # byte 10 is the line feed
         raise InputError(f"--predict {path}: line {raw[:error.start].count(10) + 1} is not UTF-8") from None
 
 def benchmark(cfg, stop=()):
