@@ -696,10 +696,11 @@ def read_lines(path):
 
 def benchmark(cfg, stop=()):
     """--benchmark: a training step and an evaluation batch of texts of 36 random tokens, beside the products
-    with the layers' matrices alone.  Medians of 5 rounds of 8 batches, after one to warm up.  Operations for
-    each of S positions: m = 2 (4 H H + 2 H F) a layer, two for each weight of its matrices, where the last
-    three of the last layer count for one position; a = 4 S H a layer in the attention.  Evaluation m + a.
-    Training adds a backward pass: m + 2 a, frozen weights need no gradient; 2 m + 2 a with --method full."""
+    with the layers' matrices alone.  Medians of 5 rounds, after one to warm up, of 8 batches each in turns; a
+    share is of the products in the same round.  Operations for each of S positions: m = 2 (4 H H + 2 H F) a
+    layer, two for each weight of its matrices, where the last three of the last layer count for one position;
+    a = 4 S H a layer in the attention.  Evaluation m + a.  Training adds a backward pass: m + 2 a, frozen
+    weights need no gradient; 2 m + 2 a with --method full."""
     cfg.steps, cfg.max_length, B, S = 8, 36, cfg.batch_size, cfg.prompt_length + 36
     model, ids = build_model(cfg, num_labels=7)[0], torch.randint(5, 400, (8 * B, 36), device=cfg.device)
     data = Split(ids, torch.ones_like(ids), ids[:, 0] % 7, np.full(8 * B, 36), np.full(8 * B, "random"))
@@ -712,12 +713,11 @@ def benchmark(cfg, stop=()):
     works = {"products": (every, lambda: sum((x[w.shape[1]] @ w.T)[0, 0] for w in matrices * 8).item()),
              "training step": ((3 if cfg.method == "full" else 2) * m + 3 * a, train_8),
              "evaluation": (m + a, lambda: predict(model, data, stop).sum().item())}
+    turns = np.array([[timeit.timeit(w, number=1) / 8 for _, w in works.values()] for _ in range(6)][1:])
+    rates = np.array([operations * B * S for operations, _ in works.values()]) / turns / 1e9         # (5, 3)
     print(f"a batch of {B:<4} {'ms':>8} {'tokens/s':>9} {'sentences/s':>11} {'GFLOP/s':>8} share")
-    for name, (operations, work) in works.items():
-        t = float(np.median(timeit.repeat(work, number=1, repeat=6)[1:])) / 8      # seconds for one batch
-        rate = operations * B * S / t / 1e9
-        best = rate if name == "products" else best
-        print(f"{name:<15} {1000 * t:8.1f} {B * S / t:9.0f} {B / t:11.1f} {rate:8.0f} {rate / best:5.0%}")
+    for name, t, rate, share in zip(works, *(np.median(x, 0) for x in (turns, rates, rates / rates[:, :1]))):
+        print(f"{name:<15} {1000 * t:8.1f} {B * S / t:9.0f} {B / t:11.1f} {rate:8.0f} {share:5.0%}")
     from resource import RUSAGE_SELF, getrusage    # not on Windows; in kB on Linux, in bytes on macOS
     peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF)[2] * 1024 ** (sys.platform == "linux")
     print(f"peak memory {peak / 2**30:.2f} GiB; {cfg.dtype}, {cfg.device}")
