@@ -441,20 +441,24 @@ def table3(runs):
 
 def paired_table(runs):
     """Mean over languages of XPE's and DUAL-70's lead over SPT, each language averaged over the seeds both
-    have, with its 95 % interval from a bootstrap over languages. Groups that hold a source are left out."""
+    have (in brackets), and its 95 % interval from a bootstrap over languages. No cell where a group holds a
+    source."""
     import numpy as np
     rows, sources = [], dict.fromkeys([*SOURCES, *[run["source"] for run in runs]])
-    for label, source, (group, codes) in product(("XPE", "DUAL-70"), sources, TARGET_GROUPS.items()):
-        ours, spt = (by_seed(runs, method, source, codes=codes) for method in (label, "SPT"))
-        seeds = ours.keys() & spt.keys()
-        if seeds and not set(codes) & set(SOURCES.get(source, source.split(","))):
-            lead = np.array([fmean(ours[seed][code] - spt[seed][code] for seed in seeds) for code in codes])
-            draws = np.random.default_rng(0).integers(len(codes), size=(10_000, len(codes)))
-            low, high = np.percentile(lead[draws].mean(axis=1), [2.5, 97.5])  # (10000, languages) -> 2
-            interval = f"{lead.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
-            rows.append([f"{label} - SPT", source, group, interval, str(len(codes)), str(len(seeds))])
-    header = ["Methods", "Source", "Target", "Points [95 %]", "Languages", "Seeds"]
-    return markdown("Paired differences", header, rows) if rows else []
+    for label, source in product(("XPE", "DUAL-70"), sources):
+        cells = dict.fromkeys(TARGET_GROUPS, "")
+        for group, codes in TARGET_GROUPS.items():
+            ours, spt = (by_seed(runs, method, source, codes=codes) for method in (label, "SPT"))
+            seeds = ours.keys() & spt.keys()
+            if seeds and not set(codes) & set(SOURCES.get(source, source.split(","))):
+                lead = np.array([fmean(ours[n][code] - spt[n][code] for n in seeds) for code in codes])
+                draws = np.random.default_rng(0).integers(len(codes), size=(10_000, len(codes)))
+                low, high = np.percentile(lead[draws].mean(axis=1), [2.5, 97.5])  # (10000, languages) -> 2
+                cells[group] = f"{lead.mean():+.1f} [{low:+.1f}, {high:+.1f}] ({len(seeds)})"
+        if any(cells.values()):
+            rows.append([f"{label} - SPT", source, *cells.values()])
+    title = "Paired differences: mean over languages [95 % interval] (seeds)"
+    return markdown(title, ["Methods", "Source", *TARGET_GROUPS], rows) if rows else []
 
 def report(runs):
     """All tables, once for each setting, as Markdown lines."""
