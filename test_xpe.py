@@ -767,6 +767,16 @@ def test_predict_labels_each_line(runs, tiny, tmp_path, capsys, monkeypatch):
     refused(capsys, ["line 2"], *argv, tmp_path / "bytes")
     refused(capsys, ["gone"], *argv, tmp_path / "gone")
 
+def test_a_stop_or_lack_of_memory_is_one_line(monkeypatch, capsys):
+    def stopped(cfg, stop):
+        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
+    def full(cfg, stop):
+        raise torch.OutOfMemoryError("out of memory")
+    for job, code, line in ((stopped, 130, "xpe.py: stopped\n"), (full, 1, "xpe.py: out of memory\n")):
+        monkeypatch.setattr(xpe, "use_adapter", job)                 # nothing to go on from
+        assert xpe.main(["--load", "adapter"]) == code and capsys.readouterr().err == line
+
 def test_init_from_a_run_or_an_adapter(runs, tiny, tmp_path, capsys):
     accuracy, dual = result(runs["dual"])["accuracy"], runs["dual"]
     argv = ["--source", "eng_Latn", "--languages", ",".join(accuracy), "--steps", 0, "--backbone", tiny]

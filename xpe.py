@@ -734,12 +734,11 @@ def main(argv=None):
         job = benchmark if cfg.benchmark else use_adapter if cfg.load else transfer if cfg.target else run
         job(cfg, stop)
         return 0
-    except InputError as error:
-        code, message = 2, error
     except KeyboardInterrupt:
-        code, message = 128 + stop[0], "stopped; the same command goes on from here"
-    except (FloatingPointError, OSError) as error:
-        code, message = 1, error
+        message = "stopped" if cfg.load or cfg.benchmark else "stopped; the same command goes on from here"
+        code = 128 + stop[0]
+    except (InputError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        code, message = 2 if isinstance(error, InputError) else 1, error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
