@@ -455,10 +455,13 @@ def test_target_keeps_the_labels_of_its_source(own, tmp_path, capsys):
     assert result(target)["accuracy"] == {"yy": result(source)["accuracy"]["yy"]}
     assert json.loads((target / "adapter/xpe.json").read_text())["labels"] == ["a", "b"]
 
-def test_init_from_a_run_with_another_source_is_refused(tmp_path, capsys):
+def test_init_from_a_run_that_does_not_fit_is_refused(tmp_path, capsys):
     folder = launch(tmp_path, *SHORT, "1")
     argv = ["--target", "kab_Latn", "--init-from", folder, "--out", tmp_path / "b"]
     refused(capsys, ["--init-from", "--source eng_Latn"], *argv)
+    refused(capsys, ["--init-from", "--pool first"], *argv, "--source", "eng_Latn", "--pool", "bos")
+    (folder / "result.json").unlink()
+    refused(capsys, ["--init-from", "must be finished"], *argv, "--source", "eng_Latn")
     assert not (tmp_path / "b").exists()
 
 def test_target_learns_from_its_own_sentences_alone(tmp_path, monkeypatch):

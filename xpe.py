@@ -614,11 +614,12 @@ def build_model(cfg, num_labels):
     backbone.requires_grad_(cfg.method == "full")
     if cfg.init_from:
         start = Path(os.path.normpath(Path(cfg.out, cfg.init_from)))
-        with as_input_error(f"--init-from {start}: does not fit", "; --method and prompt length must "
-                            "be the same; a finished prompt has no encoder and goes on as --method spt"):
-            state = read_checkpoint(start / "checkpoint.pt") if (start / "checkpoint.pt").exists() else None
-            if state and cfg.target and state["config"]["source"] != cfg.source:
-                raise InputError(f"it was trained on --source {state['config']['source']}")
+        with as_input_error(f"--init-from {start}: does not fit", "; a run must be finished, --method and "
+                            "length the same; a finished prompt has no encoder and goes on as --method spt"):
+            state = read_checkpoint(start / "checkpoint.pt") if (start / "result.json").exists() else None
+            theirs = state["config"] if state else vars(cfg)
+            if theirs["pool"] != cfg.pool or cfg.target and theirs["source"] != cfg.source:
+                raise InputError(f"it was trained with --source {theirs['source']} --pool {theirs['pool']}")
             copy_into(model, state["run"]["best"] if state else trainable(load_adapter(start, backbone)))
     return model, tokenizer
 
