@@ -599,6 +599,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(argv, words, tmp_path, capsys)
     ("xx/dev.tsv", None, ["xx/dev.tsv"]),
     ("yy/test.tsv", None, ["yy/test.tsv"]),
     ("xx/train.tsv", b"a,b\n1,2\n", ["xx/train.tsv", "text"]),
+    ("xx/train.tsv", b'category\ttext\na\t"A quote, open\nb\ttopic2\n', ["xx/train.tsv", "end of data"]),
     ("xx/train.tsv", b"index_id\tcategory\ttext\n0\ta\t\xff\xfe\n", ["xx/train.tsv"]),
     ("xx/train.tsv", b"index_id\tcategory\ttext\n0\ta\n", ["xx/train.tsv:2", "empty text"]),
 ])
@@ -618,6 +619,15 @@ def test_quoted_fields_are_read_whole(own):
     write_tsv(own / "xx/dev.tsv", rows)
     texts, labels = xpe.load_language(str(own), "xx", "dev")
     assert list(zip(labels, texts)) == rows
+
+def test_byte_order_mark_is_not_data(own):
+    (own / "xx/dev.tsv").write_text("\ufeffcategory\ttext\na\tone\n", encoding="utf-8")
+    (own / "lines").write_text("\ufeffone\ntwo\n", encoding="utf-8")
+    assert xpe.load_language(str(own), "xx", "dev") == (["one"], ["a"])
+    assert xpe.read_lines(own / "lines") == ["one", "two"]
+
+def test_a_source_may_mix_names_and_codes():
+    assert xpe.pick_languages("joshi5, kab_Latn,eng_Latn", "toy") == [*groups.JOSHI5, "kab_Latn"]
 
 def test_own_languages_and_labels(own, tmp_path):
     argv = "--source xx,yy --steps 80 --lr 1e-2 --prompt-lr 0.1 --data".split()

@@ -257,8 +257,8 @@ def read_rows(data, code, split):
     with as_input_error(f"cannot read {path}", "; it needs the columns category and text; offline, give a "
                         "local folder with --data DIR, or --toy"):
         if any(Path(data).glob("*/*.tsv")):
-            with open(path, newline="", encoding="utf-8") as file:   # CSV with tabs: fields may be quoted
-                reader = csv.DictReader(file, delimiter="\t")
+            with open(path, newline="", encoding="utf-8-sig") as file:     # or utf-8
+                reader = csv.DictReader(file, delimiter="\t", strict=True)     # CSV with tabs: quoted fields
                 return [(f"{path}:{reader.line_num}", row["text"], row["category"]) for row in reader]
         import datasets
         datasets.disable_progress_bars()
@@ -691,9 +691,9 @@ def read_lines(path):
     with as_input_error(f"--predict {path}: cannot be read"):
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     try:
-        return raw.decode().replace("\r\n", "\n").removesuffix("\n").split("\n") if raw else []
+        return raw.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n") if raw else []
     except UnicodeDecodeError as error:            # byte 10 is the line feed
-        raise InputError(f"--predict {path}: line {raw[:error.start].count(10) + 1} is not UTF-8") from None
+        raise InputError(f"--predict {path}: line {error.object[:error.start].count(10) + 1} is not UTF-8")
 
 def benchmark(cfg, stop=()):
     """--benchmark: a training step and an evaluation batch of texts of 36 random tokens, beside the products
