@@ -450,7 +450,8 @@ def paired_table(runs):
         for group, codes in TARGET_GROUPS.items():
             ours, spt = (by_seed(runs, method, source, codes=codes) for method in (label, "SPT"))
             seeds = ours.keys() & spt.keys()
-            if seeds and not set(codes) & set(SOURCES.get(source, source.split(","))):
+            trained = {code for name in source.split(",") for code in SOURCES.get(name, [name])}
+            if seeds and not set(codes) & trained:
                 lead = np.array([fmean(ours[n][code] - spt[n][code] for n in seeds) for code in codes])
                 draws = np.random.default_rng(0).integers(len(codes), size=(10_000, len(codes)))
                 low, high = np.percentile(lead[draws].mean(axis=1), [2.5, 97.5])  # (10000, languages) -> 2

@@ -965,9 +965,10 @@ def test_paired_difference(save, capsys):
     (low, unseen, seen, every), = rows(capsys, folder, "XPE - SPT", "joshi5")
     assert low == "+2.0 [+1.4, +2.6] (1)" and seen == "+0.0 [+0.0, +0.0] (1)"
     assert rows(capsys, folder, "DUAL-70 - SPT") == []
-    save("s", 50.0, source="seen"), save("z", 50.0, source="seen", method="xpe")
     zero = "+0.0 [+0.0, +0.0] (1)"                              # a source is in the other groups
-    assert rows(capsys, folder, "XPE - SPT", "seen") == [[zero, zero, "", ""]]
+    for i, source in enumerate(("seen", "seen,eng_Latn")):
+        save(f"s{i}", 50.0, source=source), save(f"z{i}", 50.0, source=source, method="xpe")
+        assert rows(capsys, folder, "XPE - SPT", source) == [[zero, zero, "", ""]]
 
 def test_settings_are_kept_apart_and_languages_must_be_whole(save, capsys):
     save("a", 50.0), save("b", 60.0, seed=1, steps=200), save("t", 1.0, seed=2, steps=200, toy=True)

@@ -26,8 +26,8 @@ class Config:
     """Everything that defines a run.  The command line is made from it: `prompt_lr` is `--prompt-lr`."""
     method: str = setting("dual", "spt, xpe, dual (3), or full fine-tuning", ("spt", "xpe", "dual", "full"))
     xpe_ratio: float = setting(None, "share of the prompt that is encoded, in (0, 1), dual only [0.7] (4.3)")
-    source: str = setting("joshi5", "train on enarzho, joshi5, seen, or codes with commas (4.2)")
-    languages: str = setting("all", "test on all, or codes with commas")
+    source: str = setting("joshi5", "train on enarzho, joshi5, seen or codes, joined by commas (4.2)")
+    languages: str = setting("all", "test on all, or on names and codes as in --source")
     target: str = setting("", "then go on in each of these alone: codes with commas, or full, the 46 (4.1)")
     backbone: str = setting("FacebookAI/xlm-roberta-large", "encoder: hub name or local folder (4.1)")
     data: str = setting("Davlan/sib200", "hub name, or folder with <code>/{train,dev,test}.tsv (4.1)")
@@ -587,7 +587,7 @@ def pick_languages(text, data):
         raise InputError(f"--data {data}: no such folder")
     codes = codes or list(groups.LANGUAGES)        # the hub's, and the toy's
     named = groups.SOURCES | {"full": groups.FULL_SUPERVISION_TARGETS, "all": codes}
-    wanted = named.get(text) or [code.strip() for code in text.split(",")]
+    wanted = [code for name in map(str.strip, text.split(",")) for code in named.get(name, [name])]
     for code in wanted:
         if code not in codes:
             near = difflib.get_close_matches(code, [*codes, *named], cutoff=0.4) or codes[:8]
