@@ -25,8 +25,9 @@ for flag in "$@"; do
   case $flag in
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
     --list) list=1 ;;
-    --out* | --steps* | --seed*)
-      echo "run_all.sh: not $flag; say OUT=DIR STEPS=462 SEEDS='0 1' bash run_all.sh" >&2; exit 2 ;;
+    --out* | --steps* | --seed* | --method* | --xpe-ratio* | --source* | --target*)
+      echo "run_all.sh: not $flag, the grid sets it; say OUT=DIR STEPS=462 SEEDS='0 1' bash run_all.sh" >&2
+      exit 2 ;;
     --toy) toy=1 flags+=(--toy) ;;
     *) flags+=("$flag") ;;
   esac
@@ -34,6 +35,7 @@ done
 seeds=(${SEEDS:-${toy:+0 1}})                            # words: unquoted by intention
 if [[ ${#seeds[@]} == 0 ]]; then seeds=(0 1 2 3 4 5 6 7 8 9); fi
 steps=${STEPS:-${toy:+300}} steps=${steps:-24000} steps=${steps//_/}
+[[ $steps =~ ^[0-9]+$ ]] || { echo "run_all.sh: STEPS=$steps is not a number" >&2; exit 2; }
 jobs=${JOBS:-${toy:+2}} jobs=${jobs:-1}
 targets=$(cd "$here" > /dev/null && python -c "import groups; print(*groups.FULL_SUPERVISION_TARGETS)")
 few=$((steps / 4)) full=(--method full --steps $((steps / 4)))

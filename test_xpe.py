@@ -511,9 +511,9 @@ def test_grid_lists_the_runs_of_the_paper(tmp_path):
     assert {cfg.target_steps for cfg in table3} == {cfg.steps for cfg in baselines} == {6_000}
     assert {cfg.dtype for cfg in table1 + table3} == {"bf16"} and {cfg.dtype for cfg in baselines} == {"fp32"}
     assert not list(tmp_path.iterdir())
-    for flag in ("--steps", "--seed=1", "--out"):  # STEPS, SEEDS and OUT say that
-        process = shell(tmp_path, *GRID, "--list", flag, "3")
-        assert process.communicate()[1].count("\n") == 1 and process.returncode == 2
+    for steps, flag in zip("33333m", ("--steps", "--seed=1", "--out", "--method", "--source=seen", "--clip")):
+        process = shell(tmp_path, *GRID, "--list", flag, "3", STEPS=steps)       # the grid sets them itself
+        assert process.communicate()[1].startswith("run_all.sh: ") and process.returncode == 2
 
 def test_killed_grid_goes_on_and_fills_the_tables(tmp_path, capsys):
     lines = shell(tmp_path, *GRID, "--list", "--toy", STEPS="60").communicate()[0].splitlines()
