@@ -455,7 +455,7 @@ def save_checkpoint(model, optimizer, run, cfg, folder):
                  optimizer=optimizer.state_dict(), cuda=torch.cuda.get_rng_state_all())
     write_file(folder / "checkpoint.pt", lambda file: torch.save(state, file))
     if run["curve"]:
-        rows = [",".join(map(str, row)) for row in (run["curve"][0], *(c.values() for c in run["curve"]))]
+        rows = [",".join(map(str, row)) for row in ([*run["curve"][0]], *(c.values() for c in run["curve"]))]
         write_file(folder / "log.csv", lambda file: file.write("\n".join([*rows, ""]).encode()))
 
 def read_checkpoint(path):
