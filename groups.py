@@ -347,7 +347,7 @@ CELL = ("method", "xpe_ratio", "source", "target")  # these keys of a config pic
 NOT_SETTINGS = ("seed", "out", "device", "languages", "target_steps", "load", "predict", "benchmark")
 # and all the rest are settings; init_from too, except on a target, where each run has its own by design.
 
-def stop(message):
+def fail(message):
     """End on the user's mistake: one line on stderr, exit code 2."""
     print(message, file=sys.stderr)
     raise SystemExit(2)
@@ -368,10 +368,10 @@ def load_runs(folder):
             setting = tuple(f"{key}={run[key]}" for key in sorted(run) if key not in free)
             accuracy = {code: float(percent) for code, percent in result["accuracy"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            stop(f"{path}: not the result of a run ({type(error).__name__}: {error})")
+            fail(f"{path}: not the result of a run ({type(error).__name__}: {error})")
         run |= dict(label=label, kind=kind, setting=setting, accuracy=accuracy, name=path.parent.name)
         runs.append(run)
-    return runs or stop(f"{folder}: no finished run in it (no */result.json)")
+    return runs or fail(f"{folder}: no finished run in it (no */result.json)")
 
 def split_by_setting(runs):
     """[(heading, runs)] with one setting per kind: runs of several settings are never averaged. Kinds share
@@ -496,10 +496,10 @@ def plot(runs, path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        stop("--plot needs matplotlib: pip install matplotlib")
+        fail("--plot needs matplotlib: pip install matplotlib")
     runs = [run for run in runs if run["kind"] == "zero-shot" and run["label"] in METHODS]
     heading, runs = max(split_by_setting(runs), key=lambda part: len(part[1]))
-    sources = [run["source"] for run in runs] or stop("--plot: no zero-shot run to draw")
+    sources = [run["source"] for run in runs] or fail("--plot: no zero-shot run to draw")
     source = "joshi5" if "joshi5" in sources else max(sources, key=sources.count)
     curves = {}  # label -> code -> percent
     for label in METHODS:
@@ -534,7 +534,7 @@ def main(argv=None):
     parser.add_argument("--plot", metavar="FILE", help="also draw every language, to .png or .svg")
     args = parser.parse_args(argv)
     if args.plot and not args.plot.endswith((".png", ".svg")):
-        stop(f"--plot {args.plot}: the name must end in .png or .svg")
+        fail(f"--plot {args.plot}: the name must end in .png or .svg")
     runs = load_runs(args.folder)
     try:
         print("\n".join(report(runs)), flush=True)
@@ -543,7 +543,7 @@ def main(argv=None):
         if args.plot:
             plot(runs, args.plot)
     except OSError as error:
-        stop(f"cannot write: {error}")
+        fail(f"cannot write: {error}")
 
 if __name__ == "__main__":
     main()

@@ -403,7 +403,7 @@ def test_non_finite_loss_names_step_and_languages(own, tmp_path, monkeypatch, ca
     assert 17 <= int(re.search(r"step (\d+)", error)[1]) <= 32
     assert error.count("\n") == 1 and re.search(r"\bxx\b", error) and not re.search(r"\byy\b", error)
     kept = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert kept["run"]["step"] == 16 and all(t.isfinite().all() for t in kept["model"].values())
+    assert kept["log"]["step"] == 16 and all(t.isfinite().all() for t in kept["model"].values())
     monkeypatch.undo()
     assert result(launch(tmp_path / "out", *argv))["dev_curve"][-1]["step"] == 40
 

@@ -360,12 +360,12 @@ class FastDropout(torch.overrides.TorchFunctionMode):
         keep = bits[:x.numel()].view(x.shape) >= round(65536 * p) - 32768
         return x * keep.to(x.dtype).div_(1 - p)
 
-def train_epoch(model, data, optimizer, cfg, run, stop):
-    """The rest of the epoch that `run` stands in; -> its mean loss.  No step waits for the device."""
-    batches = epoch_batches(data.lengths, cfg.batch_size, cfg.seed, len(run["curve"]))
-    first = len(run["curve"]) * len(batches)                         # the epoch's first step
+def train_epoch(model, data, optimizer, cfg, log, stop):
+    """The rest of the epoch that `log` stands in; -> its mean loss.  No step waits for the device."""
+    batches = epoch_batches(data.lengths, cfg.batch_size, cfg.seed, len(log["curve"]))
+    first = len(log["curve"]) * len(batches)                         # the epoch's first step
     model.train()
-    bar = tqdm(range(run["step"], min(first + len(batches), cfg.steps)), initial=run["step"], total=cfg.steps,
+    bar = tqdm(range(log["step"], min(first + len(batches), cfg.steps)), initial=log["step"], total=cfg.steps,
                leave=False, disable=None, unit="step")
     for step in bar:
         if stop:
@@ -380,12 +380,12 @@ def train_epoch(model, data, optimizer, cfg, run, stop):
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
-        run["epoch_losses"].append(loss.detach())
-        run["step"], run["lr"] = step + 1, cfg.lr * factor
+        log["epoch_losses"].append(loss.detach())
+        log["step"], log["lr"] = step + 1, cfg.lr * factor
         if not bar.disable and step % 20 == 0:                       # on a terminal only: a GPU waits
-            dev = f"{run['curve'][-1]['dev_accuracy']:.1f}%" if run["curve"] else "-"
-            bar.set_postfix_str(f"loss {loss.item():.3f} lr {run['lr']:.1e} dev {dev}", refresh=False)
-    losses = [loss.item() for loss in run["epoch_losses"]]           # here the host waits, once an epoch
+            dev = f"{log['curve'][-1]['dev_accuracy']:.1f}%" if log["curve"] else "-"
+            bar.set_postfix_str(f"loss {loss.item():.3f} lr {log['lr']:.1e} dev {dev}", refresh=False)
+    losses = [loss.item() for loss in log["epoch_losses"]]           # here the host waits, once an epoch
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
             names = ", ".join(sorted(set(data.languages[batches[i]])))
@@ -393,49 +393,49 @@ def train_epoch(model, data, optimizer, cfg, run, stop):
     return sum(losses) / max(1, len(losses))
 
 def train(model, data, dev, cfg, folder, stop=(), state=None):
-    """Train on the Split `data`, keep what is best on the Split `dev`; -> the record of the run (a dict).
+    """Train on the Split `data`, keep what is best on the Split `dev`; -> the log of the run (a dict).
     An evaluation and a checkpoint end each epoch.  `state`, a checkpoint, is gone on from, to the last bit.
     Raises KeyboardInterrupt (a checkpoint is made), FloatingPointError (the last stays), InputError."""
     optimizer = Adafactor(parameter_groups(model, cfg), lr=cfg.lr)
-    run = dict(step=0, curve=[], epoch_losses=[], lr=0.0, best=None, waited=0, seconds=0.0)
+    log = dict(step=0, curve=[], epoch_losses=[], lr=0.0, best=None, waited=0, seconds=0.0)
     if state:
         with as_input_error(f"{folder}/checkpoint.pt does not fit", "; choose another --out"):
             copy_into(model, state["model"])
             optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
             torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
-            run.update(state["run"])
-        print(f"going on from step {run['step']}")
-    began = time.time() - run["seconds"]
+            log.update(state["log"])
+        print(f"going on from step {log['step']}")
+    began = time.time() - log["seconds"]
     print("epoch    step    loss  dev loss   dev acc.  majority        lr  seconds     left")
-    while not run["curve"] or (run["step"] < cfg.steps and run["waited"] < cfg.patience):
+    while not log["curve"] or (log["step"] < cfg.steps and log["waited"] < cfg.patience):
         try:
-            loss = train_epoch(model, data, optimizer, cfg, run, stop)
+            loss = train_epoch(model, data, optimizer, cfg, log, stop)
             _, dev_loss, guess = evaluate(model, dev, stop)
         except KeyboardInterrupt:                  # `stop` holds a signal
-            run["seconds"] = time.time() - began
-            save_checkpoint(model, optimizer, run, cfg, folder)
+            log["seconds"] = time.time() - began
+            save_checkpoint(model, optimizer, log, cfg, folder)
             raise
         if not math.isfinite(dev_loss):            # the epoch's last update broke it
-            raise FloatingPointError(f"step {run['step']}: dev loss {dev_loss}; last checkpoint kept")
-        run["seconds"] = time.time() - began
-        record(run, model, cfg, loss, dev_loss, guess, dev.labels.cpu().numpy())
-        save_checkpoint(model, optimizer, run, cfg, folder)
-    copy_into(model, run["best"])
-    return run
+            raise FloatingPointError(f"step {log['step']}: dev loss {dev_loss}; last checkpoint kept")
+        log["seconds"] = time.time() - began
+        record(log, model, cfg, loss, dev_loss, guess, dev.labels.cpu().numpy())
+        save_checkpoint(model, optimizer, log, cfg, folder)
+    copy_into(model, log["best"])
+    return log
 
-def record(run, model, cfg, loss, dev_loss, guess, labels):
+def record(log, model, cfg, loss, dev_loss, guess, labels):
     """Note an evaluation: the best accuracy is kept, ties go to the earlier; patience is for dev loss."""
-    curve, accuracy = run["curve"], float(100 * np.mean(guess == labels))
+    curve, accuracy = log["curve"], float(100 * np.mean(guess == labels))
     if not curve or accuracy > max(c["dev_accuracy"] for c in curve):
-        run["best"] = {name: t.clone() for name, t in trainable(model).items()}
-    if 2 * run["step"] >= cfg.steps:               # PAPER 4.4: after cycle 1; AUTHORS: from half-time on
-        run["waited"] = 0 if not curve or dev_loss < min(c["dev_loss"] for c in curve) else run["waited"] + 1
-    curve.append(dict(epoch=len(curve) + 1, step=run["step"], loss=loss, dev_loss=dev_loss, lr=run["lr"],
+        log["best"] = {name: t.clone() for name, t in trainable(model).items()}
+    if 2 * log["step"] >= cfg.steps:               # PAPER 4.4: after cycle 1; AUTHORS: from half-time on
+        log["waited"] = 0 if not curve or dev_loss < min(c["dev_loss"] for c in curve) else log["waited"] + 1
+    curve.append(dict(epoch=len(curve) + 1, step=log["step"], loss=loss, dev_loss=dev_loss, lr=log["lr"],
                       dev_accuracy=accuracy, majority=float(100 * np.bincount(labels).max() / len(labels))))
-    left, run["epoch_losses"] = run["seconds"] * (max(1, cfg.steps) / max(1, run["step"]) - 1), []
+    left, log["epoch_losses"] = log["seconds"] * (max(1, cfg.steps) / max(1, log["step"]) - 1), []
     row = "{epoch:5d} {step:7d} {loss:7.3f} {dev_loss:9.3f} {dev_accuracy:9.1f}% {majority:8.1f}% {lr:9.1e}"
-    print(row.format(**curve[-1]), f"{run['seconds']:8.0f} {left:8.0f}", flush=True)
+    print(row.format(**curve[-1]), f"{log['seconds']:8.0f} {left:8.0f}", flush=True)
     if len(set(guess.tolist())) == 1:
         print("      warning: every dev sentence is predicted as one class; try more steps or other rates")
 
@@ -449,20 +449,20 @@ def write_file(path, write):
         os.fsync(file.fileno())
     os.replace(f"{path}.new", path)
 
-def save_checkpoint(model, optimizer, run, cfg, folder):
+def save_checkpoint(model, optimizer, log, cfg, folder):
     """Everything needed to go on, and log.csv."""
-    state = dict(config=dataclasses.asdict(cfg), run=run, model=trainable(model), rng=torch.get_rng_state(),
+    state = dict(config=dataclasses.asdict(cfg), log=log, model=trainable(model), rng=torch.get_rng_state(),
                  optimizer=optimizer.state_dict(), cuda=torch.cuda.get_rng_state_all())
     write_file(folder / "checkpoint.pt", lambda file: torch.save(state, file))
-    if run["curve"]:
-        rows = [",".join(map(str, row)) for row in ([*run["curve"][0]], *(c.values() for c in run["curve"]))]
+    if log["curve"]:
+        rows = [",".join(map(str, row)) for row in ([*log["curve"][0]], *(c.values() for c in log["curve"]))]
         write_file(folder / "log.csv", lambda file: file.write("\n".join([*rows, ""]).encode()))
 
 def read_checkpoint(path):
     """What save_checkpoint wrote, read without unpickling code.  Raises InputError."""
     with as_input_error(f"{path}: not a checkpoint of this program", "; choose another --out"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in ("config", "run", "model", "optimizer", "rng", "cuda")}
+        return {key: state[key] for key in ("config", "log", "model", "optimizer", "rng", "cuda")}
 
 def claim_folder(cfg):
     """(folder, its result if finished, its checkpoint if interrupted) of a run named by what defines it.
@@ -523,7 +523,7 @@ def load_adapter(folder, backbone):
     prompt still has its encoder.  Raises InputError that names a missing, surplus or misshapen tensor."""
     config, tensors = read_adapter(folder)
     kind, P, H = config["peft_type"], config["num_virtual_tokens"], backbone.config.hidden_size
-    shape = lambda name: [*tensors[name].shape, 0] if name in tensors else [0, 0]
+    shape = lambda name: [*tensors[name].shape, 0] if name in tensors else [0, 0]      # 0: has no such
     if kind == "PROMPT_TUNING":
         prompt, keys = SoftPrompt(P, H), {"vectors": "prompt_embeddings"}
     elif kind == "P_TUNING":
@@ -620,7 +620,7 @@ def build_model(cfg, num_labels):
             theirs = state["config"] if state else vars(cfg)
             if theirs["pool"] != cfg.pool or cfg.target and theirs["source"] != cfg.source:
                 raise InputError(f"it was trained with --source {theirs['source']} --pool {theirs['pool']}")
-            copy_into(model, state["run"]["best"] if state else trainable(load_adapter(start, backbone)))
+            copy_into(model, state["log"]["best"] if state else trainable(load_adapter(start, backbone)))
     return model, tokenizer
 
 def run(cfg, stop=()):
