@@ -1,92 +1,197 @@
 #!/usr/bin/env bash
-# Every run behind Tables 1, 2 and 3 and Figure 2, then the tables:
+# Every run behind the paper's Tables 1, 2 and 3 and Figure 2, then the tables:
 #
-#   bash run_all.sh                                     # the paper's grid, one run after the other
-#   bash run_all.sh --toy                               # a small grid of toy runs, offline, in minutes
-#   STEPS=462 SEEDS="0 1 2" BACKBONE=DIR DATA=DIR bash run_all.sh --lr 5e-4 --prompt-lr 5e-2
-#   bash run_all.sh --list                              # print one command a line and run nothing
-#   bash run_all.sh --list | head -n 120 | parallel -j 8
-#   first=$(sbatch --parsable --gpus=1 --array=1-120 run_all.sh)         # SLURM: a line of the list per task;
-#   sbatch --gpus=1 --array=121-690 --dependency=afterok:$first run_all.sh        # these need the first 120
+#   bash run_all.sh                                # the whole grid, one run after the other
+#   bash run_all.sh table1                         # one table's runs, or those of several
+#   bash run_all.sh --toy                          # a small grid of toy runs, offline, in minutes
+#   bash run_all.sh --list table3                  # print one command a line and run nothing
+#   STEPS=2400 SEEDS="0 1 2" BACKBONE=DIR DATA=DIR bash run_all.sh table1 --lr 5e-4 --prompt-lr 5e-2
 #
-# The same command again skips what is finished and goes on with what was interrupted.  A failed run does not
-# stop the others; the exit code tells.  From the environment come SEEDS, STEPS, BACKBONE, DATA, OUT and JOBS
-# (how many runs at a time); other flags are passed on to every run.
+# The same command again skips what is finished and goes on with what was interrupted.  A failed run
+# does not stop the others; the exit code tells.  From the environment come SEEDS, STEPS, BACKBONE,
+# DATA, OUT and JOBS (how many runs at a time); other flags are passed on to every run.
 #
-# The whole grid has 690 runs.  By the paper's half an hour for 24,000 steps on an A100, Table 1's 120 take 60
-# hours and Table 3's 276, of 6,000 steps each, 35; the 294 of fine-tuning the whole backbone were not timed.
-# A run with XLM-R large leaves 13 to 18 MB (7 GB in all); fine-tuning needs 9 GB until it is finished.
-# Fine-tuning keeps its rate of 1e-5 whatever --lr says, so with a small STEPS its rows mean little.
+#   table1   3 sources x 4 methods x 10 seeds = 120 runs.  By the paper's half an hour for 24,000
+#            steps on an A100: 60 hours.
+#   table2   SIB-200's zero-shot baseline, the whole encoder fine-tuned on English, Arabic or
+#            Chinese, x 6 seeds = 18 runs.  The table's other rows are published, or in table1.
+#   table3   46 targets x 6 seeds = 276 runs of 6,000 steps that go on from DUAL-70 of Joshi5, 35
+#            hours; and as many of fine-tuning the whole encoder on the target, which nobody timed.
+#
+# A run of table3 trains its source run first if need be, and waits where another run is just
+# training it; with table1 done before, none has to.  Fine-tuning keeps its rate of 1e-5 whatever
+# --lr says, and fp32 whatever --dtype says, so with a small STEPS its rows mean little.
+# A run with XLM-R large leaves 13 to 18 MB (7 GB in all); fine-tuning needs 9 GB until it is done.
+#
+# On SLURM, one array a table, a run per task, submitted from this folder with what is to be set
+# (SEEDS, OUT, ...) exported:
+#
+#   size() { bash run_all.sh --list "$1" | wc -l; }
+#   first=$(sbatch --parsable --gres=gpu:1 --array=1-$(size table1) run_all.sh table1)
+#   sbatch --gres=gpu:1 --array=1-$(size table2) run_all.sh table2
+#   sbatch --gres=gpu:1 --array=1-$(size table3) --dependency=afterok:$first \
+#          --kill-on-invalid-dep=yes run_all.sh table3
+#   python groups.py runs                          # afterwards: print the tables
+#
+# Where one run of table1 fails, table3 is cancelled as a whole: submit both again, and what is
+# finished costs seconds.  A task that was stopped by its time limit, scancel or a requeue goes on
+# where its last epoch ended, when it is submitted again.
 set -euo pipefail
+
+say() { echo "run_all.sh: $*" >&2; }
+
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" > /dev/null && pwd)
-[[ -e $here/xpe.py ]] || here=${SLURM_SUBMIT_DIR:?}      # SLURM runs a copy of this file from elsewhere
-list="" toy="" flags=()
-for flag in "$@"; do
-  case $flag in
+[[ -e $here/xpe.py ]] || here=${SLURM_SUBMIT_DIR:-$here}  # SLURM runs a copy that lies elsewhere
+[[ -e $here/xpe.py ]] || { say "no xpe.py in $here; submit from the folder that holds it"; exit 2; }
+
+# ------------------------------------------------------------------------------- Flags and settings
+list="" toy="" tables=() flags=()
+for word in "$@"; do
+  case $word in
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
     --list) list=1 ;;
+    table[123]) tables+=("$word") ;;
     --out* | --steps* | --seed* | --method* | --xpe-ratio* | --source* | --target*)
-      echo "run_all.sh: not $flag, the grid sets it; say OUT=DIR STEPS=462 SEEDS='0 1' bash run_all.sh" >&2
+      say "not $word, the grid sets it; say OUT=DIR STEPS=462 SEEDS='0 1' bash run_all.sh"
       exit 2 ;;
     --toy) toy=1 flags+=(--toy) ;;
-    *) flags+=("$flag") ;;
+    -*) flags+=("$word") ;;
+    *)                                                    # the value of the flag before it
+      [[ ${#flags[@]} -gt 0 ]] || { say "not $word: table1, table2 or table3, or flags"; exit 2; }
+      flags+=("$word") ;;
   esac
 done
-seeds=(${SEEDS:-${toy:+0 1}})                            # words: unquoted by intention
-if [[ ${#seeds[@]} == 0 ]]; then seeds=(0 1 2 3 4 5 6 7 8 9); fi
-steps=${STEPS:-${toy:+300}} steps=${steps:-24000} steps=${steps//_/}
-[[ $steps =~ ^[0-9]+$ ]] || { echo "run_all.sh: STEPS=$steps is not a number" >&2; exit 2; }
-jobs=${JOBS:-${toy:+2}} jobs=${jobs:-1}
-targets=$(cd "$here" > /dev/null && python -c "import groups; print(*groups.FULL_SUPERVISION_TARGETS)")
-few=$((steps / 4)) full=(--method full --steps $((steps / 4)))
+[[ ${#tables[@]} -gt 0 ]] || tables=(table1 table2 table3)
+
 if [[ $toy ]]; then
-  targets="swh_Latn lao_Laoo tir_Ethi kab_Latn"
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}           # two runs at a time, in which threads gain nothing
+  seeds=(${SEEDS:-0 1}) steps=${STEPS:-300} jobs=${JOBS:-2}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}            # in models so small, threads gain nothing
 else
-  full+=(--lr 1e-5)                                      # the toy's random encoder has further to go
+  seeds=(${SEEDS:-0 1 2 3 4 5 6 7 8 9}) steps=${STEPS:-24000} jobs=${JOBS:-1}
 fi
+steps=${steps//_/}
+[[ $steps =~ ^[0-9]+$ ]] || { say "STEPS=$steps is not a number"; exit 2; }
+few=$((steps / 4))                                        # for a target, and for fine-tuning
 
-run() {                                                  # print one command; what is given last counts
+# --------------------------------------------------------------------------------------- The grid
+# Prints a run's name, a tab, and its command, whose last flags count most.
+run() {
+  printf '%s-s%s\t' "$1" "$seed"
   printf '%q ' python "$here/xpe.py" --out "${OUT:-runs}" --steps "$steps" \
-    ${BACKBONE:+--backbone "$BACKBONE"} ${DATA:+--data "$DATA"} ${flags[@]+"${flags[@]}"} "$@"
-  echo
+    ${BACKBONE:+--backbone "$BACKBONE"} ${DATA:+--data "$DATA"} ${flags[@]+"${flags[@]}"} "${@:2}"
+  echo "--seed $seed"
 }
 
-table1() {
-  for source in joshi5 enarzho seen; do                  # Table 1 and Figure 2
+full() {                                                  # the whole encoder on the language $1
+  local rate=(--lr 1e-5)
+  [[ ! $toy ]] || rate=()                                 # its random encoder has further to go
+  run "full-$1" --method full --source "$1" --steps $few \
+    ${rate[@]+"${rate[@]}"} --dtype fp32 "${@:2}"
+}
+
+table1() {                                                # and Figure 2
+  for source in joshi5 enarzho seen; do
     for seed in "${seeds[@]}"; do
-      run --method spt --source $source --seed $seed
-      run --method dual --xpe-ratio 0.3 --source $source --seed $seed
-      run --method dual --xpe-ratio 0.7 --source $source --seed $seed
-      run --method xpe --source $source --seed $seed
+      run spt-$source --method spt --source $source
+      run dual30-$source --method dual --xpe-ratio 0.3 --source $source
+      run dual70-$source --method dual --xpe-ratio 0.7 --source $source
+      run xpe-$source --method xpe --source $source
     done
   done
 }
 
-others() {                                               # they go on from runs of Table 1
+table2() {
   for seed in "${seeds[@]:0:6}"; do
-    for target in $targets; do                           # Table 3: 46 targets, 6 seeds
-      run --method dual --xpe-ratio 0.7 --source joshi5 --target $target --target-steps $few --seed $seed
-      run "${full[@]}" --source $target --languages $target --seed $seed
-    done
-    for source in eng_Latn arb_Arab zho_Hans; do         # Table 2: SIB-200's zero-shot baseline
-      run "${full[@]}" --source $source --seed $seed
+    for source in eng_Latn arb_Arab zho_Hans; do
+      full $source
     done
   done
 }
 
-grid() { table1; others; }
-if [[ $list ]]; then
-  grid
-elif [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then
-  line=$(grid | sed -n "${SLURM_ARRAY_TASK_ID}p")
-  eval "${line:?the grid has only $(grid | wc -l) lines}"
-else
-  failed=0
-  for part in table1 others; do
-    $part | tr '\n' '\0' | xargs -0 -n 1 -P "$jobs" bash -c \
-      'echo "$0"; eval "$0" > /dev/null || { echo "FAILED: $0" >&2; exit 1; }' || failed=1
+table3() {
+  local targets="swh_Latn lao_Laoo tir_Ethi kab_Latn"
+  [[ $toy ]] || targets=$(cd "$here" > /dev/null &&
+    python -c "import groups; print(*groups.FULL_SUPERVISION_TARGETS)")
+  for seed in "${seeds[@]:0:6}"; do
+    for target in $targets; do
+      run dual70-joshi5-$target --method dual --xpe-ratio 0.7 --source joshi5 \
+        --target $target --target-steps $few
+      full $target --languages $target
+    done
   done
-  python "$here/groups.py" "${OUT:-runs}" || failed=1
-  exit $failed
+}
+
+grid() { for table in "${tables[@]}"; do "$table"; done; }
+
+# ------------------------------------------------------------------------ List it, or run one of it
+if [[ $list ]]; then
+  grid | cut -f 2
+  exit
 fi
+if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then
+  line=$(grid | sed -n "${SLURM_ARRAY_TASK_ID}p")
+  [[ $line ]] || { say "no run $SLURM_ARRAY_TASK_ID: there are $(grid | wc -l) lines"; exit 2; }
+  command=${line#*$'\t'}
+  echo "$command"
+  eval "exec $command"                                    # SLURM's signals reach the run itself
+fi
+
+# --------------------------------------------------------------------------------------- Run it all
+# From the lines of the grid those that are not finished, numbered, with a NUL after each.  torch
+# is loaded once for all of them; whatever goes wrong here, the run itself will say.
+unfinished='
+import shlex, sys
+sys.path.insert(0, sys.argv[1])
+try:
+    import xpe
+except Exception:
+    xpe = None
+
+lines = sys.stdin.read().splitlines()
+for number, line in enumerate(lines, 1):
+    try:
+        words = shlex.split(line.split("\t")[1])
+        finished = xpe.finished(xpe.parse(words[2:]))
+    except (Exception, SystemExit):
+        finished = False
+    if not finished:
+        print(f"{number}/{len(lines)} {line}", end="\0")'
+
+one() {                                                   # "12/46 name", a tab, a command
+  local label=${1%%$'\t'*} command=${1#*$'\t'} code=0
+  echo "$label"
+  { eval "$command" 2>&1 > /dev/null || exit $?; } |      # each line of its errors with its label
+    while IFS= read -r line; do echo "$label: $line" >&2; done || code=$?
+  case $code in
+    0) echo "$label: done" ;;
+    129 | 130 | 137 | 143) echo "$label: stopped" >&2; return 1 ;;
+    *) echo "$label: FAILED: $command" >&2; return 1 ;;
+  esac
+}
+export -f one
+
+all() {
+  local failed=0
+  grid | python -c "$unfinished" "$here" |
+    xargs -0 -r -n 1 -P "$jobs" bash -o pipefail -c 'one "$0"' || failed=1
+  python "$here/groups.py" "${OUT:-runs}" || failed=1
+  return $failed
+}
+
+stop() {                                                  # $1: the signal's number
+  trap - INT TERM HUP
+  kill -TERM -- "-$group"
+  for _ in {1..50}; do                                    # until all have ended
+    kill -0 -- "-$group" && sleep 0.1 || break
+  done
+  echo "run_all.sh: stopped; the same command goes on" >&3
+  exit $((128 + $1))
+} 3>&2 2> /dev/null
+
+set -m                                                    # a process group of its own, to be ended
+all &
+group=$!
+trap 'stop 1' HUP
+trap 'stop 2' INT
+trap 'stop 15' TERM
+wait "$group"

@@ -1,750 +1,1635 @@
+# SPDX-License-Identifier: MIT
 """Cross-Prompt Encoder (XPE): soft prompts for languages that a frozen encoder hardly knows.
 
-A minimal, pure-PyTorch, single-file reference implementation of "Cross-Prompt Encoder for Low-Performing
-Languages" (Mikaberidze, Saghinadze, Ostermann, Mueller).  A few trained vectors stand in front of a frozen
-XLM-R, which then classifies topics (SIB-200) in languages that it was never trained on:
+A minimal, pure-PyTorch, single-file reference implementation of "Cross-Prompt Encoder for
+Low-Performing Languages" (Mikaberidze, Saghinadze, Ostermann, Müller; Findings of IJCNLP-AACL
+2025).  A few trained vectors stand in front of a frozen XLM-R, which then classifies topics
+(SIB-200) in languages that it was never trained on:
 
-    python xpe.py --toy                                          # offline, half a minute, synthetic languages
-    python xpe.py --method dual --xpe-ratio 0.7 --source joshi5  # the paper's setting (Table 1)
-    python xpe.py --backbone DIR --data DIR --steps 462 --lr 5e-4 --prompt-lr 5e-2        # a local encoder
+    python xpe.py --toy                                  # offline, synthetic languages
+    python xpe.py --method dual --xpe-ratio 0.7          # the paper's setting (Table 1)
+    python xpe.py --backbone DIR --data DIR              # a local encoder, local files
 
+Part I is the method, from the prompt to one whole run; Part II makes it fast, safe and handy.
 Letters: B batch, T text length, P prompt length (the paper's n), H hidden size (d), C classes.
-Where the paper is silent or differs stands `PAPER section:` or `AUTHORS:` (their released program).
+Numbers in brackets are the paper's sections.  Where the paper is silent or differs stands
+`PAPER section:` or `AUTHORS:` (their released program).
 """
-import argparse, contextlib, csv, dataclasses, difflib, json, math, os, signal, sys, tempfile, time, timeit
+import argparse
+import contextlib
+import csv
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import resource
+import sys
+import time
+import timeit
 from pathlib import Path
 from typing import NamedTuple
-import groups
 
-# ------------------------------------------------------------------------------------------- Configuration
-def setting(default, text, choices=()):
-    """A field of Config: its text (unit, section) is what --help prints."""
-    return dataclasses.field(default=default, metadata=dict(help=text, choices=choices))
-
-@dataclasses.dataclass
-class Config:
-    """Everything that defines a run.  The command line is made from it: `prompt_lr` is `--prompt-lr`."""
-    method: str = setting("dual", "spt, xpe, dual (3), or full fine-tuning", ("spt", "xpe", "dual", "full"))
-    xpe_ratio: float = setting(None, "share of the prompt that is encoded, in (0, 1), dual only [0.7] (4.3)")
-    source: str = setting("joshi5", "train on enarzho, joshi5, seen or codes, joined by commas (4.2)")
-    languages: str = setting("all", "test on all, or on names and codes as in --source")
-    target: str = setting("", "then go on in each of these alone: codes with commas, or full, the 46 (4.1)")
-    backbone: str = setting("FacebookAI/xlm-roberta-large", "encoder: hub name or local folder (4.1)")
-    data: str = setting("Davlan/sib200", "hub name, or folder with <code>/{train,dev,test}.tsv (4.1)")
-    out: str = setting("runs", "folder that holds one folder per run")
-    seed: int = setting(0, "random seed; the paper averages 10 (4.3)")
-    steps: int = setting(24_000, "optimization steps (4.4)")
-    target_steps: int = setting(6_000, "optimization steps on each language of --target (4.4)")
-    batch_size: int = setting(32, "sentences a step (4.4)")
-    lr: float = setting(5e-5, "peak learning rate of prompt encoder and head (4.4)")
-    prompt_lr: float = setting(5e-3, "peak learning rate of the standard soft prompt (4.4)")
-    weight_decay: float = setting(None, "decay of encoder and head [0.1; 0.01 if released] (4.4)")
-    warmup: float = setting(0.1, "share of the steps with linear warm-up (authors' program)")
-    cycles: int = setting(2, "cosine cycles, each from the peak to zero (4.4)")
-    patience: int = setting(20, "epochs without a better dev loss, from half-time on, that end it (4.4)")
-    clip: float = setting(1.0, "largest global norm of the gradient (authors' program)")
-    prompt_length: int = setting(20, "virtual tokens P (4.4)")
-    mlp_hidden: int = setting(256, "width of the prompt encoder (authors' program)")
-    dropout: float = setting(0.1, "dropout in the prompt encoder (authors' program)")
-    head_dropout: float = setting(0.1, "dropout in the classification head")
-    backbone_dropout: str = setting("on", "the frozen backbone's dropout: on or off", ("on", "off"))
-    pool: str = setting("first", "what the head reads: first (virtual token) or bos (<s>)", ("first", "bos"))
-    recipe: str = setting("paper", "how to train: as in the paper, or as released", ("paper", "released"))
-    max_length: int = setting(164, "longest text in tokens (authors' program)")
-    dtype: str = setting("auto", "frozen weights: fp32, bf16; auto: bf16 on a GPU", ("auto", "fp32", "bf16"))
-    device: str = setting("auto", "cpu, cuda, cuda:1, ..., or auto: cuda where there is one")
-    toy: bool = setting(False, "synthetic languages and a tiny random encoder: no network, half a minute")
-    init_from: str = setting("", "start from this run's folder, or from an adapter's (with --method spt)")
-    load: str = setting("", "do not train: test the adapter in this folder, or use it with --predict")
-    predict: str = setting("", "with --load: label each line of this file, or of standard input for -")
-    benchmark: bool = setting(False, "do not train: time a training step and the evaluation (see README)")
-
-TOY = dict(backbone="toy", data="toy", steps=300, target_steps=75, lr=3e-3, prompt_lr=5e-2, max_length=32)
-
-def parse(argv):
-    """The command line as a Config.  --toy changes defaults: what is given beside it still counts."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(Config):
-        kind = dict(action="store_true") if field.type is bool else dict(
-            type=field.type, default=field.default, choices=field.metadata["choices"] or None)
-        shown = "" if field.default in (None, "") or field.default is False else f" [{field.default}]"
-        parser.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["help"] + shown, **kind)
-    def error(message):                            # argparse's own prints the usage too
-        raise InputError(f"{message}; see --help")
-    parser.error = error
-    if parser.parse_args(argv).toy:
-        parser.set_defaults(**TOY)
-    return Config(**vars(parser.parse_args(argv)))
-
-if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
-    parse(["--help"])                              # prints and ends here: importing torch takes seconds
+import groups  # before torch, so that Ctrl-C is answered while torch is loaded: see its last lines
+from groups import InputError
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------- The prompts
+# ==================================================================================================
+# Part I: the method.  Whoever stops at its end has read all that the paper says.
+# ==================================================================================================
+
+
+# ------------------------------------------------------------------------------------- The prompts
 # Sections 3.1 and 3.2, and the classifier around them.  Needs only `import torch`: copy it alone.
+
+SHARES = {"spt": 0.0, "dual": 0.7, "xpe": 1.0, "full": 0.0}       # of the prompt, what is encoded
+POOLS = {  # what the head reads of the states (B, P + T, H) and their mask (B, P + T) -> (B, H)
+    "first": lambda states, mask, P: states[:, 0],         # AUTHORS: like PEFT, a virtual token
+    "bos": lambda states, mask, P: states[:, P],           # <s>, the first token of the text
+}
+
+
+def for_batch(prompt, batch_size):
+    """A prompt (P, H) as it is, or once for each example of a batch (B, P, H)."""
+    return prompt if batch_size is None else prompt.repeat(batch_size, 1, 1)
+
+
 class SoftPrompt(torch.nn.Module):
-    """SPT (4.3): `length` free vectors.  forward() -> (P, H).  Init N(0, 1)."""
+    """SPT (4.3): `length` free vectors, init N(0, 1).  forward() -> (P, H), or (B, P, H)."""
+
     def __init__(self, length, hidden):
         super().__init__()
         self.vectors = torch.nn.Parameter(torch.randn(length, hidden))
-    def forward(self):
-        return self.vectors                                          # (P, H)
+
+    def forward(self, batch_size=None):
+        return for_batch(self.vectors, batch_size)                         # (B, P, H)
+
 
 class CrossPromptEncoder(torch.nn.Module):
-    """XPE (3.1): F_theta(pseudo prompt), one small MLP applied to each vector alone.  forward() -> (P, H)."""
+    """XPE (3.1): a pseudo prompt, each vector of which goes through one small MLP.
+
+    forward() -> (P, H), or for a batch (B, P, H).  The pseudo prompt starts as N(0, 1).
+    """
+
     def __init__(self, length, hidden, mlp_hidden=256, dropout=0.1):
         super().__init__()
         self.pseudo_prompt = torch.nn.Parameter(torch.randn(length, hidden))
-        self.mlp = torch.nn.Sequential(                              # AUTHORS: "two layers" are three Linears
-            torch.nn.Linear(hidden, mlp_hidden), torch.nn.ReLU(), torch.nn.Dropout(dropout),
-            torch.nn.Linear(mlp_hidden, mlp_hidden), torch.nn.ReLU(), torch.nn.Dropout(dropout),
-            torch.nn.Linear(mlp_hidden, hidden))
-    def forward(self):
-        return self.mlp(self.pseudo_prompt)                          # (P, H) -> (P, H)
+        self.mlp = torch.nn.Sequential(            # AUTHORS: "two layers" are three Linears
+            torch.nn.Linear(hidden, mlp_hidden),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(dropout),
+            torch.nn.Linear(mlp_hidden, mlp_hidden),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(dropout),
+            torch.nn.Linear(mlp_hidden, hidden),
+        )
+
+    def forward(self, batch_size=None):
+        if self.training:                          # AUTHORS: a dropout mask for each example
+            return self.mlp(for_batch(self.pseudo_prompt, batch_size))     # (B, P, H)
+        return for_batch(self.mlp(self.pseudo_prompt), batch_size)         # encoded once
+
 
 class DualPrompt(torch.nn.Module):
-    """DUAL (3.2): the standard part first, the encoded part second.  forward() -> (P, H)."""
+    """DUAL (3.2): standard part first, encoded part second.  forward() -> (P, H), or (B, P, H)."""
+
     def __init__(self, standard, encoded):
         super().__init__()
-        self.standard, self.encoded = standard, encoded
-    def forward(self):
-        return torch.cat([self.standard(), self.encoded()])          # (P_spt, H) + (P_xpe, H) -> (P, H)
+        self.standard = standard
+        self.encoded = encoded
+
+    def forward(self, batch_size=None):
+        parts = self.standard(batch_size), self.encoded(batch_size)
+        return torch.cat(parts, dim=-2)                                    # (B, P, H)
+
 
 def build_prompt(method, length, hidden, ratio=0.7, **encoder):
-    """The prompt of a method: its share of encoded vectors is 0 (spt), `ratio` (dual) or 1 (xpe).
-    `encoder` goes to CrossPromptEncoder (mlp_hidden, dropout).  Raises ValueError where DUAL has no room."""
-    n = round(length * {"spt": 0.0, "full": 0.0, "dual": ratio, "xpe": 1.0}[method])   # encoded vectors
+    """The prompt of a method, `length` vectors (P, H), of which DUAL encodes the share `ratio`.
+
+    `encoder` goes to CrossPromptEncoder (mlp_hidden, dropout).  Raises KeyError for an unknown
+    method, ValueError where DUAL has no room for a vector of each kind.
+    """
+    share = SHARES[method] if method != "dual" else ratio
+    encoded = int(length * share)                  # AUTHORS: rounded down
     if method == "dual":
         if length < 2:
-            raise ValueError("a dual prompt needs a length of at least 2: one standard, one encoded vector")
-        n = min(max(n, 1), length - 1)
-    if n == 0:
+            raise ValueError("a dual prompt needs a length of at least 2")
+        encoded = min(max(encoded, 1), length - 1)
+    if encoded == 0:
         return SoftPrompt(length, hidden)
-    encoded = CrossPromptEncoder(n, hidden, **encoder)
-    return encoded if n == length else DualPrompt(SoftPrompt(length - n, hidden), encoded)
+    cross = CrossPromptEncoder(encoded, hidden, **encoder)
+    return cross if encoded == length else DualPrompt(SoftPrompt(length - encoded, hidden), cross)
+
 
 class ClassificationHead(torch.nn.Module):
-    """XLM-R's head: (B, H) -> dropout, Linear, tanh, dropout, Linear -> (B, C).  Init N(0, 0.02)."""
+    """XLM-R's head: dropout, Linear, tanh, dropout, Linear, (B, H) -> (B, C).  Init N(0, 0.02)."""
+
     def __init__(self, hidden, num_labels, dropout=0.1):
         super().__init__()
-        self.dense, self.out_proj = torch.nn.Linear(hidden, hidden), torch.nn.Linear(hidden, num_labels)
+        self.dense = torch.nn.Linear(hidden, hidden)
+        self.out_proj = torch.nn.Linear(hidden, num_labels)
         self.dropout = torch.nn.Dropout(dropout)
         for linear in (self.dense, self.out_proj):
             torch.nn.init.normal_(linear.weight, std=0.02)
             torch.nn.init.zeros_(linear.bias)
+
     def forward(self, x):
-        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
+        x = torch.tanh(self.dense(self.dropout(x)))                        # (B, H)
+        return self.out_proj(self.dropout(x))                              # (B, C)
+
 
 class PromptedClassifier(torch.nn.Module):
-    """A frozen backbone that reads [prompt | <s> text </s>], and a head on one position of its last layer."""
+    """A frozen backbone that reads [prompt | <s> text </s>], and a head on one of its positions."""
+
     def __init__(self, backbone, prompt, num_labels, pool="first", head_dropout=0.1):
         super().__init__()
-        self.backbone, self.prompt, self.pool = backbone, prompt, pool
+        self.backbone = backbone
+        self.prompt = prompt
+        self.pool = pool
         self.head = ClassificationHead(backbone.config.hidden_size, num_labels, head_dropout)
+
     def forward(self, input_ids, attention_mask):
-        """(B, T) token ids and their mask, 1 on text and 0 on right padding -> logits (B, C), fp32."""
-        words = self.backbone.get_input_embeddings()(input_ids)                              # (B, T, H)
-        prompt = self.prompt().to(words.dtype)             # encoded once a step, not once an example (P, H)
-        x = torch.cat([prompt.expand(len(words), -1, -1), words], dim=1)                     # (B, P + T, H)
-        mask = torch.nn.functional.pad(attention_mask, (len(prompt), 0), value=1)            # (B, P + T)
-        at = len(prompt) if self.pool == "bos" else 0  # AUTHORS: like PEFT, the first virtual token, not <s>
-        # Only that is read: the last layer drops the rest after attention (excludes gradient checkpointing).
-        behind = self.backbone.encoder.layer[-1].attention.output
-        with behind.register_forward_pre_hook(lambda _, inputs: tuple(t[:, at:at + 1] for t in inputs)):
-            # The backbone itself adds positions, counted through prompt and text, and applies LayerNorm.
-            states = self.backbone(inputs_embeds=x, attention_mask=mask).last_hidden_state   # (B, 1, H)
-        return self.head(states[:, 0].float())                                               # (B, C)
+        """(B, T) token ids, and 1 on text, 0 on right padding -> logits (B, C), fp32."""
+        words = self.backbone.get_input_embeddings()(input_ids)            # (B, T, H)
+        prompt = self.prompt(len(words)).to(words.dtype)                   # (B, P, H)
+        P = prompt.shape[1]
+        x = torch.cat([prompt, words], dim=1)                              # (B, P + T, H)
+        mask = torch.nn.functional.pad(attention_mask, (P, 0), value=1)    # (B, P + T)
+
+        # The backbone itself adds positions, counted through prompt and text, and its LayerNorm.
+        states = self.backbone(inputs_embeds=x, attention_mask=mask).last_hidden_state
+        pooled = POOLS[self.pool](states, mask, P)                         # (B, H)
+        return self.head(pooled.float())                                   # (B, C)
+
     def cache_prompt(self):
-        """Keep only the finished prompt (3.1): encoder and pseudo prompt are not needed at inference."""
-        finished = self.eval().prompt().detach().clone()                                     # (P, H)
+        """Keep only the finished prompt (3.1): inference needs no encoder and no pseudo prompt."""
+        finished = self.eval().prompt().detach().clone()                   # (P, H)
         self.prompt = SoftPrompt(*finished.shape)
         self.prompt.vectors = torch.nn.Parameter(finished, requires_grad=False)
         return self
 
-# ---------------------------------------------------------------------------------- Optimizer and schedule
-# Section 4.4.  Needs only `import torch`: copy it alone.
+
+# -------------------------------------------------------------------------- Optimizer and schedule
+# Section 4.4.  Needs only `import math` and `import torch`: copy it alone.
+
 class Adafactor(torch.optim.Optimizer):
-    """Adafactor (Shazeer and Stern, 2018) with an external learning rate and no momentum.
-    Of the running average V of the squared gradient (R, C) only row and column means are kept, R + C numbers:
-    V ~ row col^T / mean(row).  Smaller tensors keep V whole.  G / sqrt(V) is clipped to RMS clip_threshold.
-    Decay is decoupled.  Equal to transformers' with scale_parameter, relative_step and warmup_init off."""
-    def __init__(self, params, lr, weight_decay=0.0, clip_threshold=1.0, decay_rate=-0.8, eps=1e-30):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, clip_threshold=clip_threshold,
-                                      decay_rate=decay_rate, eps=eps))
+    """Adafactor (Shazeer and Stern, 2018) with a given learning rate and without momentum.
+
+    Of the running average V of the squared gradient (R, C) only the means of its rows and columns
+    are kept, R + C numbers: V ~ row col^T / mean(row).  Tensors of one dimension keep V whole.
+    The update G / sqrt(V) is clipped to RMS `clip_threshold`; decay is decoupled.  Equal to
+    transformers' with scale_parameter, relative_step and warmup_init off.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.0, clip_threshold=1.0, decay_rate=-0.8,
+                 eps=1e-30):
+        defaults = dict(lr=lr, weight_decay=weight_decay, clip_threshold=clip_threshold,
+                        decay_rate=decay_rate, eps=eps)
+        super().__init__(params, defaults)
+
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient; -> the loss, if a closure computes it."""
-        loss = torch.enable_grad()(closure)() if closure else None
+        """Update every parameter that has a gradient; -> the loss, if a closure computes it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                update = self.update(p.grad, self.state[p], group)
-                p.add_(p, alpha=-group["lr"] * group["weight_decay"]).sub_(update * group["lr"])
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = self.normalized(p.grad, self.state[p], group)
+                p.add_(p, alpha=-group["lr"] * group["weight_decay"])
+                p.sub_(update * group["lr"])
         return loss
-    def update(self, g, state, group):
-        """A gradient, normalised and clipped; advances its running averages."""
-        state["step"] = t = state.get("step", 0) + 1
-        beta2 = 1 - t ** group["decay_rate"]                         # 0 at t = 1: no history yet
+
+    def normalized(self, g, state, group):
+        """A gradient over the root of its average square, clipped; advances the averages."""
+        state["step"] = state.get("step", 0) + 1
+        beta2 = 1 - state["step"] ** group["decay_rate"]   # 0 at the first step: no history yet
         square = g * g + group["eps"]
-        means = {"v": square} if g.dim() < 2 else {"row": square.mean(-1), "col": square.mean(-2)}  # (R), (C)
-        for name, new in means.items():
+
+        def average(name, new):
             state[name] = torch.lerp(new, state.get(name, new), beta2)
+            return state[name]
+
         if g.dim() < 2:
-            u = g * state["v"].rsqrt()
+            u = g * average("v", square).rsqrt()
         else:
-            row = state["row"] / state["row"].mean(-1, keepdim=True)
-            u = g * row.rsqrt().unsqueeze(-1) * state["col"].rsqrt().unsqueeze(-2)           # (R, C)
+            row = average("row", square.mean(dim=-1))                      # (R,)
+            col = average("col", square.mean(dim=-2))                      # (C,)
+            row = row / row.mean(dim=-1, keepdim=True)
+            u = g * row.rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)  # (R, C)
         rms = u.square().mean().sqrt()
-        return u / (rms / group["clip_threshold"]).clamp(min=1.0)    # no .item(): a GPU would wait for it
+        return u / (rms / group["clip_threshold"]).clamp(min=1.0)
+
 
 def cosine_with_restarts(step, warmup, total, cycles=2):
-    """Factor in [0, 1] on the learning rate at `step`, from 0: linear warm-up, then `cycles` cosines to 0."""
-    from math import cos, pi
+    """Factor in [0, 1] on the learning rate: linear warm-up, then `cycles` cosines from 1 to 0."""
     if step < warmup:
         return step / max(1, warmup)
     progress = (step - warmup) / max(1, total - warmup)
-    return 0.0 if progress >= 1 else 0.5 * (1 + cos(pi * (cycles * progress % 1)))
+    if progress >= 1:
+        return 0.0
+    return 0.5 * (1 + math.cos(math.pi * (cycles * progress % 1)))
 
-# --------------------------------------------------------------------------------------- Backbone and data
-class InputError(ValueError):
-    """Something the user can mend: main prints its one line and exits with code 2."""
+
+# ---------------------------------------------------------------------------------- Configuration
+
+def setting(default, text, toy=None, choices=(), least=0, below=2**40, defines=True):
+    """A field of Config: `text` (unit, section) is its help; numbers lie in [least, below).
+
+    The field starts as None, for which check_settings puts the default (with --toy, `toy`): so
+    what somebody said is told from what nobody said.  defines: does it define a run?
+    """
+    facts = dict(default=default, text=text, toy=default if toy is None else toy, choices=choices,
+                 least=least, below=below, defines=defines)
+    return dataclasses.field(default=None, metadata=facts)
+
+
+@dataclasses.dataclass
+class Config:
+    """Everything about a run.  The command line is made from it: `prompt_lr` is `--prompt-lr`.
+
+    Raises InputError for a value out of bounds, and for values that contradict each other.
+    """
+
+    # The method
+    method: str = setting("dual", "spt, xpe, dual (3), or full fine-tuning", choices=SHARES)
+    xpe_ratio: float = setting(None, "encoded share of a dual prompt, in (0, 1) [0.7] (4.3)")
+    prompt_length: int = setting(None, "virtual tokens P [20] (4.4)")
+    mlp_hidden: int = setting(256, "width of the prompt encoder (authors' program)", least=1)
+    dropout: float = setting(0.1, "dropout in the prompt encoder (authors' program)", below=1)
+    head_dropout: float = setting(0.1, "dropout in the classification head", below=1)
+    pool: str = setting("first", "the head reads the first virtual token, or bos: <s>",
+                        choices=POOLS)
+    backbone: str = setting("FacebookAI/xlm-roberta-large", "encoder: hub name or folder (4.1)",
+                            toy="toy")
+
+    # The languages
+    source: str = setting("joshi5", "train on enarzho, joshi5, seen or codes, with commas (4.2)")
+    languages: str = setting("all", "test on all, or on names and codes as in --source")
+    target: str = setting("", "then go on in each of these alone: codes, or full, the 46 (4.1)")
+    data: str = setting("Davlan/sib200", "hub name, or folder of <code>/{train,dev,test}.tsv (4.1)",
+                        toy="toy")
+    max_length: int = setting(164, "longest text in tokens (authors' program)", toy=32, least=3)
+
+    # The training
+    steps: int = setting(24_000, "optimization steps (4.4)", toy=300)
+    batch_size: int = setting(32, "sentences a step (4.4)", least=1)
+    lr: float = setting(5e-5, "peak learning rate of prompt encoder and head (4.4)", toy=3e-3)
+    prompt_lr: float = setting(5e-3, "peak learning rate of the free vectors (4.4)", toy=5e-2)
+    weight_decay: float = setting(None, "decay of encoder and head [0.1; 0.01 if released] (4.4)")
+    warmup: float = setting(0.1, "share of the steps with linear warm-up (authors' program)",
+                            below=1)
+    cycles: int = setting(2, "cosine cycles, each from the peak to zero (4.4)", least=1)
+    clip: float = setting(1.0, "largest global norm of the gradient (authors' program)")
+    patience: int = setting(20, "epochs without a better dev loss, from half-time on (4.4)",
+                            least=1)
+    recipe: str = setting("paper", "how to train: as in the paper, or as the authors released",
+                          choices=("paper", "released"))
+    backbone_dropout: str = setting("on", "the frozen backbone's own dropout: on or off",
+                                    choices=("on", "off"))
+    init_from: str = setting("", "start from a run's folder, or an adapter's (--method spt)")
+
+    # The training on each language of --target: these take the place of those above
+    target_steps: int = setting(6_000, "--steps there (4.4)", toy=75, defines=False)
+    target_warmup: float = setting(0.05, "--warmup there (authors' program)", below=1,
+                                   defines=False)
+    target_dropout: float = setting(0.0, "--dropout there (authors' program)", below=1,
+                                    defines=False)
+    target_patience: int = setting(30, "--patience there (4.4)", least=1, defines=False)
+
+    # The run
+    seed: int = setting(0, "random seed; the paper averages 10 (4.3)")
+    out: str = setting("runs", "folder that holds one folder per run", defines=False)
+    device: str = setting("auto", "cpu, cuda, cuda:1, ..., auto: cuda where there is one",
+                          defines=False)
+    dtype: str = setting("auto", "frozen weights: fp32, bf16; auto: bf16 on a GPU",
+                         choices=("auto", "fp32", "bf16"))
+    toy: bool = setting(False, "synthetic languages, a tiny random encoder, no network")
+
+    # Instead of training
+    load: str = setting("", "test the adapter in this folder, or use it with --predict",
+                        defines=False)
+    predict: str = setting("", "with --load: label each line of this file (-: standard input)",
+                           defines=False)
+    labels: str = setting("", "names of the adapter's classes, where it has none: a,b,c",
+                          defines=False)
+    benchmark: bool = setting(False, "time a training step and the evaluation", defines=False)
+
+    def __post_init__(self):
+        check_settings(self)
+
+
+# --------------------------------------------------------------------------- Sentences and batches
+
+class Sentences(NamedTuple):
+    """Tokenized sentences of one or more languages, whole on the device: 200 MB for 205."""
+    ids: torch.Tensor             # (N, L) token ids, right-padded
+    mask: torch.Tensor            # (N, L) 1 on tokens, 0 on padding
+    classes: torch.Tensor         # (N,) class numbers
+    lengths: np.ndarray           # (N,) tokens, on the host: no width is asked of the device
+    languages: np.ndarray         # (N,) codes
+
+    def batch(self, indices):
+        """Sentences (B,) -> ids (B, T), mask (B, T), classes (B,); T is the longest's, in fours."""
+        T = -(-int(self.lengths[indices].max()) // 4) * 4
+        T = min(T, self.ids.shape[1])
+        indices = torch.as_tensor(indices).to(self.ids.device, non_blocking=True)
+        return self.ids[indices, :T], self.mask[indices, :T], self.classes[indices]
+
+
+def encode(examples, labels, tokenizer, device="cpu", max_length=164):
+    """[Example] as Sentences; a class is the place of its label in `labels`."""
+    texts = [example.text for example in examples]
+    encoded = tokenizer(texts, truncation=True, max_length=max_length, padding=True,
+                        return_attention_mask=True, return_tensors="pt")
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    classes = torch.tensor([labels.index(example.label) for example in examples])
+    languages = np.array([example.code for example in examples])
+    lengths = mask.sum(1).numpy()
+    return Sentences(ids.to(device), mask.to(device), classes.to(device), lengths, languages)
+
+
+def epoch_batches(lengths, size, seed, epoch):
+    """Indices (B,) of each batch, similar lengths together (AUTHORS); decided by seed and epoch."""
+    rng = np.random.default_rng((seed, epoch))
+    indices = rng.permutation(len(lengths))
+    batches_a_pool = min(50, max(1, len(indices) // (4 * size)))
+    pool = np.arange(len(indices)) // (size * batches_a_pool)
+    indices = indices[np.lexsort((-lengths[indices], pool))]       # by length within each pool
+    batches = [indices[at:at + size] for at in range(0, len(indices), size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def evaluation_batches(lengths, prompt_length, positions=4096):
+    """Indices (B,) of each batch, the longest first, of about so many positions each."""
+    indices = np.argsort(-lengths, kind="stable")
+    batches = []
+    while len(indices):
+        size = max(1, positions // (int(lengths[indices[0]]) + prompt_length))
+        batches.append(indices[:size])
+        indices = indices[size:]
+    return batches
+
+
+# ------------------------------------------------------------------------- Training and evaluation
+
+def loss_of(logits, classes):
+    """The mean cross-entropy of logits (B, C)."""
+    return torch.nn.functional.cross_entropy(logits, classes)
+
+
+def predict(model, sentences, title=""):
+    """Logits (N, C) of all sentences, in their order; on a terminal a bar with this title."""
+    model.eval()
+    prompt_length = len(model.prompt())
+    batches = evaluation_batches(sentences.lengths, prompt_length)
+    parts = []
+    with torch.no_grad(), progress_bar(title, sentences.lengths + prompt_length) as bar:
+        for indices in batches:
+            ids, mask, _ = sentences.batch(indices)
+            with fast(model):
+                parts.append(model(ids, mask))                             # (B, C)
+            bar.update(int(sentences.lengths[indices].sum()) + prompt_length * len(indices))
+    order = np.argsort(np.concatenate(batches))
+    return torch.cat(parts)[torch.as_tensor(order).to(sentences.ids.device)]
+
+
+def evaluate(model, sentences, title=""):
+    """({code: accuracy in percent}, mean loss, predicted classes (N,)) on Sentences."""
+    logits = predict(model, sentences, title)
+    loss = loss_of(logits, sentences.classes).item()
+    predicted = logits.argmax(-1).cpu().numpy()
+    right = predicted == sentences.classes.cpu().numpy()
+    accuracy = {}
+    for code in np.unique(sentences.languages).tolist():
+        accuracy[code] = float(100 * right[sentences.languages == code].mean())
+    return accuracy, loss, predicted
+
+
+def rate_and_decay(module, parameter, cfg):
+    """Peak learning rate and weight decay of a parameter that `module` itself owns (4.4)."""
+    released = cfg.recipe == "released"
+    slow = released and cfg.method == "dual"       # AUTHORS: free vectors like all the rest
+    if isinstance(module, SoftPrompt) and not slow:
+        return cfg.prompt_lr, 0.0                  # PAPER 4.4: 5e-3 and no decay, always
+    if released and isinstance(module, CrossPromptEncoder):
+        return cfg.prompt_lr, 0.0                  # AUTHORS: the pseudo prompt moves fast
+    if released and parameter.dim() == 1:
+        return cfg.lr, 0.0                         # AUTHORS: no decay on biases
+    return cfg.lr, cfg.weight_decay                # PAPER 4.4: the pseudo prompt is in the encoder
+
+
+def parameter_groups(model, cfg):
+    """What is trained, for an optimizer: parameters with equal rate and decay together."""
+    found = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                found.setdefault(rate_and_decay(module, parameter, cfg), []).append(parameter)
+    return [dict(params=parameters, lr=lr, peak=lr, weight_decay=decay)
+            for (lr, decay), parameters in found.items()]
+
+
+def set_rates(optimizer, step, cfg):
+    """Set the rates of this step, from 0; -> the one of prompt encoder and head."""
+    warmup = math.ceil(cfg.warmup * cfg.steps)
+    factor = cosine_with_restarts(step, warmup, cfg.steps, cfg.cycles)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    return cfg.lr * factor
+
+
+def set_training_mode(model, cfg):
+    """Dropout on, by default in the frozen backbone too (AUTHORS)."""
+    model.train()
+    model.backbone.train(cfg.backbone_dropout == "on")
+
+
+def train_step(model, batch, optimizer, clip):
+    """One update on a batch of Sentences; -> its loss, on the device: no step waits for it."""
+    ids, mask, classes = batch
+    with fast(model):
+        loss = loss_of(model(ids, mask), classes)
+    loss.backward()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(trained, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def trainable(model):
+    """{name: tensor} of what is trained; the frozen backbone is not in it."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def copy_into(model, tensors):
+    """Write {name: tensor} into what is trained; KeyError or RuntimeError on a misfit."""
+    for name, p in trainable(model).items():
+        p.copy_(tensors[name].view(p.shape))       # view: no broadcasting
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a training has come."""
+    step: int = 0
+    seconds: float = 0.0                           # of training and of evaluation on dev
+    curve: list = dataclasses.field(default_factory=list)      # a dict an epoch
+    best: dict = None                              # {name: tensor}: what is trained, at its best
+
+    def finished(self, cfg):
+        """All steps are made, or the dev loss has not fallen for so many epochs (4.4)."""
+        # PAPER 4.4: after the first cycle.  AUTHORS: the epochs from half-time on, among themselves
+        late = [epoch["dev_loss"] for epoch in self.curve if epoch["step"] >= cfg.steps // 2]
+        waited = len(late) - 1 - late.index(min(late)) if late else 0
+        return bool(self.curve) and (self.step >= cfg.steps or waited >= cfg.patience)
+
+    def record(self, epoch, model):
+        """Note an epoch; the model with the best dev accuracy is kept, the earlier of equals."""
+        best = max((other["dev_accuracy"] for other in self.curve), default=-1)
+        if epoch["dev_accuracy"] > best:
+            self.best = {name: tensor.clone() for name, tensor in trainable(model).items()}
+        self.curve.append(epoch)
+
+
+def check_finite(losses, batches, sentences, step):
+    """The losses of an epoch that ended at `step`, as floats; here the host waits for the device.
+
+    Raises FloatingPointError that names the step and its languages.
+    """
+    losses = [loss.item() for loss in losses]
+    for i, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            languages = ", ".join(sorted(set(sentences.languages[batches[i]])))
+            number = step - len(losses) + i + 1
+            raise FloatingPointError(f"step {number}: loss {loss} on {languages}; "
+                                     "the last checkpoint is kept")
+    return losses
+
+
+def train(model, sentences, dev, cfg, folder=None, test_tokens=0):
+    """Train on Sentences, keep what is best on the Sentences `dev`; -> Progress.
+
+    An evaluation and a checkpoint in `folder` (a RunFolder) end each epoch; a checkpoint that is
+    there is gone on from, to the last bit.  test_tokens: how many are tested later, for the
+    estimate of the time left.  Raises FloatingPointError where a loss is not finite.
+    """
+    optimizer = Adafactor(parameter_groups(model, cfg), cfg.lr)
+    progress = folder.resume(model, optimizer) if folder else Progress()
+    log = Log(cfg, progress, test_tokens / dev.lengths.sum())
+    began = time.monotonic() - progress.seconds
+    rate = 0.0
+
+    while not progress.finished(cfg):
+        epoch = len(progress.curve)
+        batches = epoch_batches(sentences.lengths, cfg.batch_size, cfg.seed, epoch)
+        losses = []
+
+        set_training_mode(model, cfg)
+        for indices in batches[:cfg.steps - progress.step]:
+            rate = set_rates(optimizer, progress.step, cfg)
+            losses.append(train_step(model, sentences.batch(indices), optimizer, cfg.clip))
+            progress.step += 1
+            log.step(losses[-1], rate)
+        losses = check_finite(losses, batches, sentences, progress.step)
+
+        _, dev_loss, predicted = evaluate(model, dev, "dev")
+        if not math.isfinite(dev_loss):            # the epoch's last update broke it
+            raise FloatingPointError(f"step {progress.step}: dev loss {dev_loss}; "
+                                     "the last checkpoint is kept")
+        classes = dev.classes.cpu().numpy()
+        progress.seconds = time.monotonic() - began
+        progress.record(dict(
+            epoch=epoch + 1, step=progress.step, loss=sum(losses) / max(1, len(losses)),
+            dev_loss=dev_loss, lr=rate, dev_accuracy=float(100 * np.mean(predicted == classes)),
+            majority=float(100 * np.bincount(classes).max() / len(classes))), model)
+        if folder:
+            folder.save_checkpoint(model, optimizer, progress)
+        log.epoch(progress, len(set(predicted.tolist())))
+
+    log.close()
+    copy_into(model, progress.best)
+    return progress
+
+
+# ----------------------------------------------------------------------------------------- One run
+
+def run(cfg, wait=False):
+    """One run, from its config to result.json; -> the result.  A finished run is only reported.
+
+    wait: where another process is at work on the same run, wait for it; else InputError.
+    """
+    print(f"{run_name(cfg)}: reading the sentences", flush=True)
+    task = read_task(cfg)
+    folder = RunFolder(cfg, task)
+    if folder.result():
+        print(f"{folder.path} is finished: reported, not repeated")
+    else:
+        model, tokenizer = build_model(cfg, task.labels)
+        with folder.lock(wait):
+            if not folder.result():                # another process may just have finished it
+                train_and_test(model, tokenizer, cfg, task, folder)
+    groups.print_result(folder.result())
+    return folder.result()
+
+
+def train_and_test(model, tokenizer, cfg, task, folder):
+    """The run itself: train on the sources, test in every language, leave the result."""
+    sentences, dev, test = (
+        encode(examples, task.labels, tokenizer, cfg.device, cfg.max_length)
+        for examples in (task.train, task.dev, task.test))
+    trained = sum(p.numel() for p in trainable(model).values())
+    share = trained / sum(p.numel() for p in model.parameters())
+    print(f"{trained:,} parameters train ({share:.2%} of all) on {len(task.train):,} sentences, "
+          f"{len(task.labels)} labels; {cfg.dtype}, {cfg.device}")
+
+    progress = train(model, sentences, dev, cfg, folder, test.lengths.sum())
+    model.cache_prompt()
+    accuracy, _, predicted = evaluate(model, test, "test")
+
+    folder.save_result(model, task, predicted, dict(
+        seconds=progress.seconds,
+        trainable_parameters=trained,
+        dev_accuracy=max(epoch["dev_accuracy"] for epoch in progress.curve),
+        accuracy=accuracy,
+        groups=groups.group_means(accuracy),
+        dev_curve=progress.curve,
+    ))
+
+
+# ==================================================================================================
+# Part II: what makes it fast, safe and handy.  Nothing in it is needed to understand the method.
+# ==================================================================================================
+
+
+# ------------------------------------------------------------------------------------------- Speed
+
+LIKE_XLM_R = ("bert", "camembert", "roberta", "xlm-roberta")       # layers that FastOnCPU knows
+
+
+def fast(model):
+    """A context in which a model computes the same in less time; without it no result changes."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return FastOnCPU(model) if on_cpu else contextlib.nullcontext()
+
+
+class FastOnCPU(torch.overrides.TorchFunctionMode):
+    """Saves the last layer's unread positions, and most of the random numbers of dropout.
+
+    Behind its attention the last layer goes on with position 0 alone where only that is read.
+    A mode of torch holds for one thread and registers nothing, so that models can share a backbone.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.dense = self.norm = None
+        if model.pool == "first" and model.backbone.config.model_type in LIKE_XLM_R:
+            behind_attention = model.backbone.encoder.layer[-1].attention.output
+            self.dense = behind_attention.dense.weight
+            self.norm = behind_attention.LayerNorm.weight
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.dropout:
+            return fast_dropout(*args, **kwargs)
+        if self.dense is not None:
+            dense = function is torch.nn.functional.linear and args[1] is self.dense
+            norm = function is torch.nn.functional.layer_norm and kwargs.get("weight") is self.norm
+            if dense or norm:
+                args = (args[0][:, :1], *args[1:])             # (B, P + T, H) -> (B, 1, H)
+        return function(*args, **kwargs)
+
+
+def fast_dropout(x, p=0.5, training=True, inplace=False):
+    """Dropout that cuts the masks of four elements from one random number, with p to 16 bits.
+
+    One number for each element, as torch draws them, takes a quarter of a training step in bf16.
+    """
+    if not training or p == 0:
+        return x
+    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
+    lanes = numbers.view(torch.int16)[:x.numel()].view(x.shape)
+    keep = lanes >= round(65536 * p) - 32768
+    return x * keep.to(x.dtype).div_(1 - p)
+
+
+# --------------------------------------------------------------------------------- What is printed
+
+def progress_bar(title, sizes=(), **more):
+    """A bar over sentences of these sizes in tokens; none where there is no terminal."""
+    return tqdm(desc=title, total=int(np.sum(sizes)), unit="token", unit_scale=True, leave=False,
+                disable=None if title else True, dynamic_ncols=True)
+
+
+class Log:
+    """What a person sees of a training: a row an epoch, and on a terminal a bar over all steps."""
+
+    HEADER = ("epoch    step    loss  dev loss   dev acc.  majority        lr  seconds     left  "
+              "then test")
+    ROW = ("{epoch:5d} {step:7d} {loss:7.3f} {dev_loss:9.3f} {dev_accuracy:9.1f}% "
+           "{majority:8.1f}% {lr:9.1e}")
+
+    def __init__(self, cfg, progress, test_share):
+        self.steps = cfg.steps
+        self.test_share = test_share               # tokens to be tested later, of dev's
+        self.accuracy = "-"
+        self.last_step = time.monotonic()
+        print(self.HEADER, flush=True)
+        self.bar = tqdm(total=cfg.steps, initial=progress.step, unit="step", leave=False,
+                        disable=None, dynamic_ncols=True)
+
+    def step(self, loss, rate):
+        """After each step; every twentieth waits for the device, and only on a terminal."""
+        self.last_step = time.monotonic()
+        self.bar.update()
+        if not self.bar.disable and self.bar.n % 20 == 1:
+            self.bar.set_postfix_str(f"loss {loss.item():.3f} lr {rate:.1e} dev {self.accuracy}")
+
+    def epoch(self, progress, classes):
+        """After each epoch; `classes`: how many of them were predicted on dev."""
+        row = progress.curve[-1]
+        self.accuracy = f"{row['dev_accuracy']:.1f}%"
+        left = progress.seconds * (self.steps / max(1, progress.step) - 1)
+        test = (time.monotonic() - self.last_step) * self.test_share
+        line = self.ROW.format(**row) + f" {progress.seconds:8.0f} {left:8.0f} {test:10.0f}"
+        tqdm.write(line, file=sys.stdout)
+        if classes == 1:
+            tqdm.write("      warning: every dev sentence is predicted as one class; try more "
+                       "steps or other rates", file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self):
+        self.bar.close()
+
+
+# ------------------------------------------------------------------------------------------- Files
 
 @contextlib.contextmanager
 def as_input_error(problem, remedy=""):
     """Turn what a library raises inside into an InputError: problem (its first line), remedy."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:                     # of many kinds, which mean the same to a user
-        reason = (str(error).strip().splitlines() or [""])[0][:150]
-        raise InputError(f"{problem} ({type(error).__name__}: {reason}){remedy}") from error
+        raise InputError(f"{problem} ({describe(error)}){remedy}") from error
 
-class Split(NamedTuple):
-    """Sentences of one or more languages, on the device as a whole: 100 to 200 MB for 205 languages."""
-    ids: torch.Tensor             # (N, L) token ids, right-padded
-    mask: torch.Tensor            # (N, L) 1 on tokens, 0 on padding
-    labels: torch.Tensor          # (N,)
-    lengths: np.ndarray           # (N,) tokens, on the host: no batch's width is asked of the device
-    languages: np.ndarray         # (N,) codes
-    def batch(self, rows):
-        """Rows (B,) -> ids (B, T), mask (B, T), labels (B,); T is their longest text, to a multiple of 4."""
-        T = min(-(-int(self.lengths[rows].max()) // 4) * 4, self.ids.shape[1])
-        rows = torch.as_tensor(rows).to(self.ids.device, non_blocking=True)
-        return self.ids[rows, :T], self.mask[rows, :T], self.labels[rows]
 
-def load_backbone(name, device="cpu", dtype=torch.float32, dropout=True):
-    """The frozen encoder and its tokenizer, from the hub, a local folder, or "toy".  Raises InputError."""
-    off = {} if dropout else dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    if name == "toy":
-        backbone, tokenizer = groups.toy_backbone(**off)
-        return backbone.to(device, dtype).requires_grad_(False), tokenizer
-    from transformers import AutoModel, AutoTokenizer, logging
-    logging.set_verbosity_error()                  # "unused classifier weights": by intention
-    logging.disable_progress_bar()
-    # The attention that is fastest in training: on a CPU the fused one is slow in bf16, and only there.
-    attention = "eager" if torch.device(device).type == "cpu" and dtype == torch.bfloat16 else "sdpa"
-    with as_input_error(f"cannot load the backbone {name!r}", "; give a folder, --backbone DIR, or --toy"):
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
-        backbone = AutoModel.from_pretrained(name, dtype=dtype, attn_implementation=attention,
-                                             add_pooling_layer=False, **off)
-    return backbone.to(device).requires_grad_(False), tokenizer
+def describe(error):
+    """The first line of an error, and its kind."""
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {reason[:200]}"
 
-def read_rows(data, code, split):
-    """[(place, text, label)] from a TSV folder, the hub, or a local folder that load_dataset understands."""
-    path = Path(data, code, split + ".tsv")
-    with as_input_error(f"cannot read {path}", "; it needs the columns category and text; offline, give a "
-                        "local folder with --data DIR, or --toy"):
-        if any(Path(data).glob("*/*.tsv")):
-            with open(path, newline="", encoding="utf-8-sig") as file:     # or utf-8
-                reader = csv.DictReader(file, delimiter="\t", strict=True)     # CSV with tabs: quoted fields
-                return [(f"{path}:{reader.line_num}", row["text"], row["category"]) for row in reader]
-        import datasets
-        datasets.disable_progress_bars()
-        rows = datasets.load_dataset(data, code, split={"dev": "validation"}.get(split, split))
-        return [(f"{path} row {i}", row["text"], row["category"]) for i, row in enumerate(rows)]
 
-def load_language(data, code, split, labels=None):
-    """Texts and label names of one language; `split` is train, dev or test; `data` as in Config.
-    With `labels`, every label must be one of them.  Raises InputError that names the file and line."""
-    rows = groups.toy_rows(code, split) if data == "toy" else read_rows(data, code, split)
-    for place, text, label in rows:
-        if not text or not text.strip():
-            raise InputError(f"{place}: empty text")
-        if not label or labels and label not in labels:
-            raise InputError(f"{place}: unknown label {label!r}; known: {', '.join(labels or groups.LABELS)}")
-    if not rows:
-        raise InputError(f"no {split} rows for {code} in {data}")
-    return [text for _, text, _ in rows], [label for _, _, label in rows]
+def write_file(path, content):
+    """Bytes or text into `path` by way of a temporary name: it is the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".new")
+    content = content.encode() if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):         # it would keep a full disk full
+            temporary.unlink()
+        raise OSError(f"cannot write {path} ({describe(error)})") from error
 
-def load_rows(data, codes, split, labels):
-    """[(text, label name, code)] of all sentences of `codes`."""
-    return [(*row, code) for code in codes for row in zip(*load_language(data, code, split, labels))]
 
-def encode(rows, labels, tokenizer, device, max_length=164):
-    """What load_rows gives, tokenized, as a Split."""
-    texts, names, languages = map(list, zip(*rows))
-    e = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-    y = torch.tensor([labels.index(name) for name in names], device=device)
-    return Split(e["input_ids"].to(device), e["attention_mask"].to(device), y,
-                 e["attention_mask"].sum(1).numpy(), np.array(languages))
+def csv_text(header, rows):
+    """Rows as the text of a CSV file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
-# --------------------------------------------------------------------------------- Training and evaluation
-def predict(model, split, stop=(), tokens=4096):
-    """Logits (N, C) of every sentence, in order: one pass by length, about `tokens` positions a batch."""
-    model.eval()
-    order, at, parts, P = np.argsort(-split.lengths, kind="stable"), 0, [], len(model.prompt())
-    with torch.no_grad(), tqdm(total=len(order), leave=False, disable=None, unit="sentence") as bar:
-        while at < len(order):
-            if stop:
-                raise KeyboardInterrupt
-            rows = order[at:at + max(1, tokens // (int(split.lengths[order[at]]) + P))]
-            parts.append(model(*split.batch(rows)[:2]))                                      # (B, C)
-            at += len(rows)
-            bar.update(len(rows))
-    return torch.cat(parts)[torch.as_tensor(np.argsort(order)).to(split.ids.device)]         # (N, C)
 
-def evaluate(model, split, stop=()):
-    """({code: accuracy in percent}, mean loss, predicted classes (N,)) on a Split."""
-    logits = predict(model, split, stop)
-    loss = torch.nn.functional.cross_entropy(logits, split.labels).item()
-    guess = logits.argmax(-1).cpu().numpy()
-    right = guess == split.labels.cpu().numpy()
-    codes = np.unique(split.languages).tolist()
-    return {code: float(100 * right[split.languages == code].mean()) for code in codes}, loss, guess
+# ---------------------------------------------------------------------------------- The run folder
 
-def epoch_batches(lengths, size, seed, epoch):
-    """Row numbers (B,) of each batch, similar lengths together (AUTHORS); no state but (seed, epoch)."""
-    rng = np.random.default_rng((seed, epoch))
-    rows = rng.permutation(len(lengths))
-    pool = np.arange(len(rows)) // (size * min(50, max(1, len(rows) // (4 * size))))   # up to 50 batches each
-    rows = rows[np.lexsort((-lengths[rows], pool))]                  # sorted by length within their pool
-    batches = [rows[at:at + size] for at in range(0, len(rows), size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+def definition(cfg):
+    """{setting: value} of what defines a run, and nothing else: its files keep just this.
 
-def parameter_groups(model, cfg):
-    """Parameters with equal settings together (4.4); recipe `released` is what the authors' program does."""
-    released, found = cfg.recipe == "released", {}
-    for name, p in model.named_parameters():
-        lr, decay = cfg.lr, cfg.weight_decay
-        if name.endswith("vectors"):                                 # PAPER 4.4: 5e-3, no decay, always
-            lr, decay = cfg.lr if released and cfg.method == "dual" else cfg.prompt_lr, 0.0  # AUTHORS: cfg.lr
-        elif released and name.endswith("pseudo_prompt"):            # PAPER 4.4: a part of the encoder
-            lr, decay = cfg.prompt_lr, 0.0                           # AUTHORS: the large rate, no decay
-        elif released and name.endswith("bias"):                     # AUTHORS: no decay on biases
-            decay = 0.0
-        if p.requires_grad:
-            found.setdefault((lr, decay), []).append(p)
-    return [dict(params=p, lr=lr, peak=lr, weight_decay=decay) for (lr, decay), p in found.items()]
+    --init-from is kept relative to --out, so that both folders can move together.
+    """
+    kept = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)
+            if field.metadata["defines"]}
+    if cfg.init_from:
+        kept["init_from"] = os.path.relpath(cfg.init_from, cfg.out)
+    return kept
 
-def trainable(model):
-    """{name: tensor} of what is trained; the frozen backbone is not in it."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-def copy_into(model, tensors):
-    """Write {name: tensor} into a model's trainable parameters; KeyError or RuntimeError on a misfit."""
-    for name, p in trainable(model).items():
-        p.copy_(tensors[name].view(p.shape))       # no broadcasting
+def run_name(cfg):
+    """The name of a run's folder, such as dual70-joshi5-s0 or toy-xpe-eng_Latn-kab_Latn-s1."""
+    kind = "toy-" if cfg.toy else ""
+    share = round(100 * cfg.xpe_ratio) if cfg.method == "dual" else ""
+    languages = cfg.source[:100] + ("-" + cfg.target[:100] if cfg.target else "")
+    return f"{kind}{cfg.method}{share}-{languages.replace(',', '+')}-s{cfg.seed}"
 
-class FastDropout(torch.overrides.TorchFunctionMode):
-    """Within it, dropout on a CPU cuts the mask of four elements from one random number, with p to 16 bits:
-    one number for each element, as torch draws them, takes a quarter of a training step in bf16."""
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        drop = function is torch.nn.functional.dropout and args[0].device.type == "cpu"
-        return (self.dropout if drop else function)(*args, **kwargs or {})
-    def dropout(self, x, p=0.5, training=True, inplace=False):
-        if not training or p == 0:
-            return x
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-        keep = bits[:x.numel()].view(x.shape) >= round(65536 * p) - 32768
-        return x * keep.to(x.dtype).div_(1 - p)
 
-def train_epoch(model, data, optimizer, cfg, log, stop):
-    """The rest of the epoch that `log` stands in; -> its mean loss.  No step waits for the device."""
-    batches = epoch_batches(data.lengths, cfg.batch_size, cfg.seed, len(log["curve"]))
-    first = len(log["curve"]) * len(batches)                         # the epoch's first step
-    model.train()
-    bar = tqdm(range(log["step"], min(first + len(batches), cfg.steps)), initial=log["step"], total=cfg.steps,
-               leave=False, disable=None, unit="step")
-    for step in bar:
-        if stop:
-            break
-        factor = cosine_with_restarts(step, math.ceil(cfg.warmup * cfg.steps), cfg.steps, cfg.cycles)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        ids, mask, y = data.batch(batches[step - first])
-        with FastDropout():
-            loss = torch.nn.functional.cross_entropy(model(ids, mask), y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], cfg.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        log["epoch_losses"].append(loss.detach())
-        log["step"], log["lr"] = step + 1, cfg.lr * factor
-        if not bar.disable and step % 20 == 0:                       # on a terminal only: a GPU waits
-            dev = f"{log['curve'][-1]['dev_accuracy']:.1f}%" if log["curve"] else "-"
-            bar.set_postfix_str(f"loss {loss.item():.3f} lr {log['lr']:.1e} dev {dev}", refresh=False)
-    losses = [loss.item() for loss in log["epoch_losses"]]           # here the host waits, once an epoch
-    for i, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            names = ", ".join(sorted(set(data.languages[batches[i]])))
-            raise FloatingPointError(f"step {first + i + 1}: loss {loss} on {names}; last checkpoint kept")
-    return sum(losses) / max(1, len(losses))
+class RunFolder:
+    """The folder of one run.  What another run left in it is refused with an InputError."""
 
-def train(model, data, dev, cfg, folder, stop=(), state=None):
-    """Train on the Split `data`, keep what is best on the Split `dev`; -> the log of the run (a dict).
-    An evaluation and a checkpoint end each epoch.  `state`, a checkpoint, is gone on from, to the last bit.
-    Raises KeyboardInterrupt (a checkpoint is made), FloatingPointError (the last stays), InputError."""
-    optimizer = Adafactor(parameter_groups(model, cfg), lr=cfg.lr)
-    log = dict(step=0, curve=[], epoch_losses=[], lr=0.0, best=None, waited=0, seconds=0.0)
-    if state:
-        with as_input_error(f"{folder}/checkpoint.pt does not fit", "; choose another --out"):
-            copy_into(model, state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
-            torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
-            log.update(state["log"])
-        print(f"going on from step {log['step']}")
-    began = time.time() - log["seconds"]
-    print("epoch    step    loss  dev loss   dev acc.  majority        lr  seconds     left")
-    while not log["curve"] or (log["step"] < cfg.steps and log["waited"] < cfg.patience):
+    def __init__(self, cfg, task):
+        self.path = Path(cfg.out, run_name(cfg))
+        self.made_from = dict(config=definition(cfg), digests=task.digests)
+        above = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise InputError(f"--out {cfg.out}: {above} is no folder that can be written to")
+        self.checkpoint()
+
+    @contextlib.contextmanager
+    def lock(self, wait=False):
+        """One process at a time; the operating system drops the lock with the process."""
+        self.path.mkdir(parents=True, exist_ok=True)
         try:
-            loss = train_epoch(model, data, optimizer, cfg, log, stop)
-            _, dev_loss, guess = evaluate(model, dev, stop)
-        except KeyboardInterrupt:                  # `stop` holds a signal
-            log["seconds"] = time.time() - began
-            save_checkpoint(model, optimizer, log, cfg, folder)
-            raise
-        if not math.isfinite(dev_loss):            # the epoch's last update broke it
-            raise FloatingPointError(f"step {log['step']}: dev loss {dev_loss}; last checkpoint kept")
-        log["seconds"] = time.time() - began
-        record(log, model, cfg, loss, dev_loss, guess, dev.labels.cpu().numpy())
-        save_checkpoint(model, optimizer, log, cfg, folder)
-    copy_into(model, log["best"])
-    return log
+            with FileLock(self.path / "lock", timeout=-1 if wait else 1):
+                try:
+                    yield
+                finally:
+                    (self.path / "lock").unlink()
+        except Timeout:
+            raise InputError(f"{self.path}: another process is at work on this run") from None
 
-def record(log, model, cfg, loss, dev_loss, guess, labels):
-    """Note an evaluation: the best accuracy is kept, ties go to the earlier; patience is for dev loss."""
-    curve, accuracy = log["curve"], float(100 * np.mean(guess == labels))
-    if not curve or accuracy > max(c["dev_accuracy"] for c in curve):
-        log["best"] = {name: t.clone() for name, t in trainable(model).items()}
-    if 2 * log["step"] >= cfg.steps:               # PAPER 4.4: after cycle 1; AUTHORS: from half-time on
-        log["waited"] = 0 if not curve or dev_loss < min(c["dev_loss"] for c in curve) else log["waited"] + 1
-    curve.append(dict(epoch=len(curve) + 1, step=log["step"], loss=loss, dev_loss=dev_loss, lr=log["lr"],
-                      dev_accuracy=accuracy, majority=float(100 * np.bincount(labels).max() / len(labels))))
-    left, log["epoch_losses"] = log["seconds"] * (max(1, cfg.steps) / max(1, log["step"]) - 1), []
-    row = "{epoch:5d} {step:7d} {loss:7.3f} {dev_loss:9.3f} {dev_accuracy:9.1f}% {majority:8.1f}% {lr:9.1e}"
-    print(row.format(**curve[-1]), f"{log['seconds']:8.0f} {left:8.0f}", flush=True)
-    if len(set(guess.tolist())) == 1:
-        print("      warning: every dev sentence is predicted as one class; try more steps or other rates")
+    def result(self):
+        """What result.json holds, None before the run is finished."""
+        path = self.path / "result.json"
+        if not path.exists():
+            return None
+        return self.compared(groups.read_result(path))
 
-# ------------------------------------------------------------------------------------------ The run folder
-def write_file(path, write):
-    """write(file) into `path` by way of a temporary name, so that `path` is the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.new", "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.new", path)
+    def checkpoint(self):
+        """What checkpoint.pt holds, None before the first epoch has ended."""
+        path = self.path / "checkpoint.pt"
+        return self.compared(read_checkpoint(path)) if path.exists() else None
 
-def save_checkpoint(model, optimizer, log, cfg, folder):
-    """Everything needed to go on, and log.csv."""
-    state = dict(config=dataclasses.asdict(cfg), log=log, model=trainable(model), rng=torch.get_rng_state(),
-                 optimizer=optimizer.state_dict(), cuda=torch.cuda.get_rng_state_all())
-    write_file(folder / "checkpoint.pt", lambda file: torch.save(state, file))
-    if log["curve"]:
-        rows = [",".join(map(str, row)) for row in ([*log["curve"][0]], *(c.values() for c in log["curve"]))]
-        write_file(folder / "log.csv", lambda file: file.write("\n".join([*rows, ""]).encode()))
+    def compared(self, theirs):
+        """A file's content, if it is of this run.  Raises InputError that names what differs."""
+        there = {**theirs["config"], **theirs.get("digests", {})}
+        here = {**self.made_from["config"], **self.made_from["digests"]}
+        differ = [f"{key} ({there.get(key)} there, {here[key]} here)"
+                  for key in here if there.get(key) != here[key]]
+        if differ:
+            raise InputError(f"{self.path} was made with other settings: {', '.join(differ)}; "
+                             "choose another --out")
+        return theirs
+
+    def resume(self, model, optimizer):
+        """Put the checkpoint, if any, into model, optimizer and torch's dice; -> Progress."""
+        checkpoint = self.checkpoint()
+        if not checkpoint:
+            return Progress()
+        with as_input_error(f"{self.path}/checkpoint.pt does not fit", "; choose another --out"):
+            copy_into(model, checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            torch.set_rng_state(checkpoint["rng"])
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][:torch.cuda.device_count()])
+            progress = Progress(**checkpoint["progress"])
+        self.save_log(progress)                    # a kill may have come before it
+        print(f"going on from step {progress.step}")
+        if checkpoint["threads"] != torch.get_num_threads():
+            print(f"with another number of threads than {checkpoint['threads']}: the last bits of "
+                  "sums may differ")
+        return progress
+
+    def save_checkpoint(self, model, optimizer, progress):
+        """Everything needed to go on, and log.csv."""
+        content = dict(
+            self.made_from,
+            progress=vars(progress),
+            model=trainable(model),
+            optimizer=optimizer.state_dict(),
+            rng=torch.get_rng_state(),
+            cuda_rng=torch.cuda.get_rng_state_all(),
+            threads=torch.get_num_threads(),
+        )
+        memory = io.BytesIO()
+        torch.save(content, memory)
+        write_file(self.path / "checkpoint.pt", memory.getbuffer())
+        self.save_log(progress)
+
+    def save_log(self, progress):
+        """log.csv: a row an epoch."""
+        rows = [epoch.values() for epoch in progress.curve]
+        write_file(self.path / "log.csv", csv_text(progress.curve[0], rows))
+
+    def save_result(self, model, task, predicted, result):
+        """Predictions, adapter and, last of all, result.json."""
+        config = self.made_from["config"]
+        rows = [(example.code, example.row, example.label, task.labels[i])
+                for example, i in zip(task.test, predicted)]
+        header = ("language", "row", "label", "predicted")
+        write_file(self.path / "predictions.csv", csv_text(header, rows))
+        if fits_peft(model):
+            save_adapter(model, self.path / "adapter", config["backbone"], dict(
+                method=config["method"], xpe_ratio=config["xpe_ratio"], labels=task.labels,
+                languages=sorted({example.code for example in task.train}),
+                max_length=config["max_length"], groups=result["groups"]))
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__)
+        result = dict(self.made_from, versions=versions, labels=task.labels, **result)
+        write_file(self.path / "result.json", json.dumps(result, indent=1))
+        if config["method"] == "full":
+            (self.path / "checkpoint.pt").unlink() # 4.5 GB with XLM-R large
+
 
 def read_checkpoint(path):
     """What save_checkpoint wrote, read without unpickling code.  Raises InputError."""
     with as_input_error(f"{path}: not a checkpoint of this program", "; choose another --out"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in ("config", "log", "model", "optimizer", "rng", "cuda")}
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for key in ("config", "digests", "progress", "model", "optimizer"):
+            checkpoint[key].keys()                 # all of them are dicts
+    return checkpoint
 
-def claim_folder(cfg):
-    """(folder, its result if finished, its checkpoint if interrupted) of a run named by what defines it.
-    Raises InputError where the folder holds a run with other settings, or cannot be written to."""
-    share = round(100 * cfg.xpe_ratio) if cfg.method == "dual" else ""
-    languages = "-".join(filter(None, (cfg.source[:100], cfg.target[:100]))).replace(",", "+")
-    folder = Path(cfg.out, f"{'toy-' * cfg.toy}{cfg.method}{share}-{languages}-s{cfg.seed}")
-    finished, begun = folder / "result.json", folder / "checkpoint.pt"
-    with as_input_error(f"{folder}: not writable, or result.json not readable", "; choose another --out"):
-        above = next(path for path in (folder, *folder.parents) if path.exists())
-        tempfile.TemporaryFile(dir=above).close()                    # writable?  Leaves nothing
-        result = json.loads(finished.read_text()) if finished.exists() else None
-    state = read_checkpoint(begun) if begun.exists() and not result else None
-    theirs = (result or state or {}).get("config", {})
-    differ = [f"{key} ({theirs[key]} there, {mine} here)" for key, mine in dataclasses.asdict(cfg).items()
-              if key not in ("out", "device", "target_steps") and theirs.get(key, mine) != mine]
-    if differ:
-        raise InputError(f"{folder} was made with other settings: {', '.join(differ)}; choose another --out")
-    return folder, result, state
 
-# ------------------------------------------------------------------------------------------------ Adapters
-# Finished prompt and head as PEFT loads them.  Needs torch, json, Path, InputError and the prompts' section.
-HEAD = "base_model.classifier."                    # PEFT's name for the head; its two Linears follow
+# ---------------------------------------------------------------------------------------- Adapters
+# Prompt and head as PEFT loads them.  Needs json, torch, NamedTuple, Path, InputError, and the
+# sections The prompts and Files.
+
+HEAD = "base_model.classifier."                    # PEFT's name for the head; its Linears follow
+ENCODER = "prompt_encoder."                        # the authors' name for what makes the prompt
+MLP = ENCODER + "xpe_head."                        # theirs for the MLP; places in it follow
+
+
+class Adapter(NamedTuple):
+    """An adapter as its files have it."""
+    config: dict                  # PEFT's adapter_config.json
+    labels: list                  # names of the classes in order, [] where nobody knows
+    tensors: dict                 # {name in the file: tensor}
+    free: str                     # name of the finished or free vectors, "" without
+    pseudo: str                   # name of the pseudo prompt, "" without
+
+
+def fits_peft(model):
+    """Can a model be an adapter?  PEFT's head is XLM-R's, reads position 0, and needs a prompt."""
+    like = model.backbone.config.model_type in LIKE_XLM_R
+    return like and model.pool == "first" and len(model.prompt()) > 0
+
 
 def save_adapter(model, folder, base="", facts=None):
-    """Write prompt (P, H) and head as a PEFT PROMPT_TUNING adapter for `base`; `facts` go into xpe.json.
-    Raises InputError for pool "bos": PEFT's head reads position 0."""
-    from safetensors.torch import save_file
-    if model.pool == "bos":
-        raise InputError("PEFT's head reads position 0: pool 'bos' cannot be saved as an adapter")
+    """Write prompt (P, H) and head as a PEFT PROMPT_TUNING adapter for the backbone `base`.
+
+    `facts` go into xpe.json.  Raises InputError for pool "bos": PEFT's head reads position 0.
+    """
+    from safetensors.torch import save
+    if model.pool != "first":
+        raise InputError(f"PEFT's head reads position 0: pool {model.pool!r} is no adapter")
     model.eval()                                   # the prompt without dropout
-    tensors = {"prompt_embeddings": model.prompt(), **{HEAD + k: v for k, v in model.head.named_parameters()}}
-    tensors = {k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}
-    b, folder = model.backbone.config, Path(folder)
-    config = dict(peft_type="PROMPT_TUNING", task_type="SEQ_CLS", base_model_name_or_path=base,
-                  num_virtual_tokens=len(tensors["prompt_embeddings"]), num_transformer_submodules=1,
-                  token_dim=b.hidden_size, num_layers=b.num_hidden_layers, modules_to_save=["classifier"],
-                  num_attention_heads=b.num_attention_heads, prompt_tuning_init="RANDOM", inference_mode=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    (folder / "xpe.json").write_text(json.dumps(facts or {}, indent=1))
+    tensors = {"prompt_embeddings": model.prompt()}
+    for name, parameter in model.head.named_parameters():
+        tensors[HEAD + name] = parameter
+    tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
+    backbone = model.backbone.config
+    config = dict(
+        peft_type="PROMPT_TUNING",
+        task_type="SEQ_CLS",                       # without it PEFT takes a random head, in silence
+        base_model_name_or_path=base,
+        num_virtual_tokens=len(tensors["prompt_embeddings"]),
+        token_dim=backbone.hidden_size,
+        num_transformer_submodules=1,
+        num_attention_heads=backbone.num_attention_heads,
+        num_layers=backbone.num_hidden_layers,
+        modules_to_save=["classifier"],
+        prompt_tuning_init="RANDOM",
+        inference_mode=True,
+    )
+    folder = Path(folder)
+    write_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_file(folder / "adapter_config.json", json.dumps(config, indent=1))
+    write_file(folder / "xpe.json", json.dumps(facts or {}, indent=1))
+
 
 def read_adapter(folder):
-    """PEFT's config of the adapter in a folder, `labels` if known, and its tensors.  Raises InputError."""
-    from safetensors.torch import load_file
-    facts = Path(folder, "xpe.json")               # save_adapter's; others have none
-    try:
-        config = json.loads(Path(folder, "adapter_config.json").read_text())
-        config["labels"] = json.loads(facts.read_text()).get("labels") if facts.exists() else None
-        config.update(peft_type=config["peft_type"], num_virtual_tokens=int(config["num_virtual_tokens"]))
-        return config, load_file(Path(folder, "adapter_model.safetensors"))
-    except Exception as error:                     # no such file, not safetensors, no such key, no number
-        raise InputError(f"{folder}: not a readable adapter ({type(error).__name__}: {error})") from None
+    """The Adapter in a folder.  Raises InputError, by name, for what cannot be right."""
+    from safetensors.torch import load
+    folder = Path(folder)
+    facts, safe = folder / "xpe.json", folder / "adapter_model.safetensors"
+    with as_input_error(f"{folder}: not a readable adapter"):
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        facts = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
+        labels = list(map(str, facts.get("labels") or ()))
+        if type(config["num_virtual_tokens"]) is not int:
+            raise TypeError(f"num_virtual_tokens is {config['num_virtual_tokens']!r}")
+        if config["peft_type"] not in ("PROMPT_TUNING", "P_TUNING", "XPE"):
+            raise TypeError(f"an adapter of type {config['peft_type']} holds no soft prompt")
+        if safe.exists():
+            tensors = load(safe.read_bytes())
+        else:                                      # PEFT before 0.7
+            tensors = torch.load(folder / "adapter_model.bin", map_location="cpu",
+                                 weights_only=True)
+        for name, tensor in tensors.items():
+            if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+                raise ValueError(f"{name} is larger than what is stored of it")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has a value that is not finite")
+        free, pseudo = prompt_names(tensors)
+        encoder = config.get("encoder_reparameterization_type", "MLP")
+        if pseudo and encoder != "MLP":
+            raise TypeError(f"its prompt encoder is of type {encoder}, not an MLP")
+    return Adapter(config, labels, tensors, free, pseudo)
+
+
+def prompt_names(tensors):
+    """(name of the finished or free vectors, name of the pseudo prompt) in an adapter, or ""."""
+    free, pseudo = ENCODER + "embedding.weight", ENCODER + "xpe_embedding.weight"
+    if free not in tensors and pseudo not in tensors:
+        return "prompt_embeddings", ""             # finished: PEFT's, ours
+    if pseudo in tensors:
+        return (free if free in tensors else ""), pseudo
+    if any(name.startswith(MLP) for name in tensors):
+        return "", free                            # AUTHORS: XPE, before November 2025
+    return free, ""                                # AUTHORS: SPT
+
 
 def load_adapter(folder, backbone):
-    """A PromptedClassifier from our folder, any PEFT PROMPT_TUNING one, or the authors' P_TUNING one, whose
-    prompt still has its encoder.  Raises InputError that names a missing, surplus or misshapen tensor."""
-    config, tensors = read_adapter(folder)
-    kind, P, H = config["peft_type"], config["num_virtual_tokens"], backbone.config.hidden_size
-    shape = lambda name: [*tensors[name].shape, 0] if name in tensors else [0, 0]      # 0: has no such
-    if kind == "PROMPT_TUNING":
-        prompt, keys = SoftPrompt(P, H), {"vectors": "prompt_embeddings"}
-    elif kind == "P_TUNING":
-        n, parts = shape("prompt_encoder.xpe_embedding.weight")[0], "prompt_encoder."
-        prompt = build_prompt("spt" if n == 0 else "xpe" if n >= P else "dual", P, H, n / max(P, 1),
-                              mlp_hidden=shape(parts + "xpe_head.0.weight")[0] or 256)
-        keys = {"vectors": parts + "embedding.weight", "pseudo_prompt": parts + "xpe_embedding.weight"}
-    else:
-        raise InputError(f"{folder}: peft_type {kind} is neither PROMPT_TUNING nor P_TUNING")
-    model = PromptedClassifier(backbone, prompt, shape(HEAD + "out_proj.weight")[0] or 1).to(backbone.device)
-    wanted = {HEAD + name: p for name, p in model.head.named_parameters()}
-    for name, p in prompt.named_parameters():
-        name = name.removeprefix("standard.").removeprefix("encoded.")
-        wanted[keys.get(name) or name.replace("mlp.", "prompt_encoder.xpe_head.")] = p
-    there, here = ({name: tuple(t.shape) for name, t in some.items()} for some in (tensors, wanted))
-    wrong = sorted(f"{'missing' if here.get(name) == size else 'surplus'} {name} {size}"
-                   for name, size in here.items() ^ there.items())
+    """A PromptedClassifier from our folder, PEFT's PROMPT_TUNING or P_TUNING, or the authors' own,
+    whose prompt still has its encoder.  Raises InputError that names a tensor and both shapes."""
+    adapter = read_adapter(folder)
+    hidden = backbone.get_input_embeddings().embedding_dim
+
+    def rows(name):
+        tensor = adapter.tensors.get(name)
+        return len(tensor) if tensor is not None and tensor.dim() else 0
+
+    free, pseudo = rows(adapter.free), rows(adapter.pseudo)
+    parts = []
+    if adapter.free:
+        parts.append(SoftPrompt(free, hidden))
+    if adapter.pseudo:
+        parts.append(CrossPromptEncoder(pseudo, hidden, rows(MLP + "0.weight") or 1))
+    prompt = DualPrompt(*parts) if len(parts) == 2 else parts[0]
+    model = PromptedClassifier(backbone, prompt, rows(HEAD + "out_proj.weight") or 1)
+    model.to(backbone.device)
+
+    parameters = adapter_parameters(model, adapter)
+    here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    there = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
+    wrong = [f"{name}: {there.get(name, 'missing')}, where {here.get(name, 'none')} is wanted"
+             for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+    length = adapter.config["num_virtual_tokens"]
+    if not wrong and length != free + pseudo:
+        wrong = [f"{free + pseudo} vectors, where num_virtual_tokens is {length}"]
     if wrong:
-        raise InputError(f"{folder}: {', '.join(wrong)}")
-    for name, p in wanted.items():
-        p.data.copy_(tensors[name])
+        raise InputError(f"{folder}: {'; '.join(wrong)}")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(adapter.tensors[name])
     return model.eval()
 
-# -------------------------------------------------------------------------------------------- Command line
-def check(cfg):
-    """Raise InputError for what can be told without loading anything; fill in what other settings decide."""
-    least = dict(steps=0, target_steps=0, seed=0, prompt_length=2 if cfg.method == "dual" else 1)
+
+def adapter_parameters(model, adapter):
+    """{name in the adapter's file: parameter of the model}."""
+    found = {HEAD + name: parameter for name, parameter in model.head.named_parameters()}
+    for module in model.prompt.modules():
+        if isinstance(module, SoftPrompt):
+            found[adapter.free] = module.vectors
+        if isinstance(module, CrossPromptEncoder):
+            found[adapter.pseudo] = module.pseudo_prompt
+            for name, parameter in module.mlp.named_parameters():
+                found[MLP + name] = parameter
+    return found
+
+
+# ---------------------------------------------------------------------------- Loading and checking
+
+def check_settings(cfg):
+    """Put defaults where nobody said anything.  Raises InputError for what can be told at once."""
+    if cfg.load and not cfg.toy:
+        cfg.backbone = cfg.backbone or ""          # the adapter knows
     for field in dataclasses.fields(cfg):
-        value, low = getattr(cfg, field.name), least.get(field.name, 1 if field.type is int else 0)
-        high = 1 if field.name.endswith(("warmup", "dropout")) else 2**63 if field.type is int else math.inf
-        if field.type in (int, float) and value is not None and not low <= value < high:
-            raise InputError(f"--{field.name.replace('_', '-')} {value}: must lie in [{low}, {high})")
+        value = getattr(cfg, field.name)
+        if value is None:
+            setattr(cfg, field.name, field.metadata["toy" if cfg.toy else "default"])
+        else:
+            check_value(field, value)
+    check_method(cfg)
     if cfg.predict and not cfg.load:
         raise InputError("--predict needs --load, the folder of an adapter")
-    if cfg.method != "dual" and cfg.xpe_ratio is not None:
-        raise InputError(f"--xpe-ratio belongs to --method dual; {cfg.method} has none")
-    if cfg.xpe_ratio is None:
-        cfg.xpe_ratio = {"dual": 0.7, "xpe": 1.0}.get(cfg.method, 0.0)
-    if cfg.method == "dual" and not 0 < cfg.xpe_ratio < 1:
-        raise InputError(f"--xpe-ratio {cfg.xpe_ratio:g}: must lie between 0 (like spt) and 1 (like xpe)")
-    if cfg.method == "full":
-        cfg.prompt_length, cfg.dtype = 0, "fp32"   # trained weights would not move in bf16
-        if cfg.target:
-            raise InputError("--target needs a prompt; --method full trains on a target with --source CODE")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    with as_input_error(f"--device {cfg.device}: not on this machine", "; use cpu or auto"):
-        cfg.device = str(torch.empty(0, device=auto if cfg.device == "auto" else cfg.device).device)
-    cfg.dtype = {"auto": "bf16" if cfg.device.startswith("cuda") else "fp32"}.get(cfg.dtype, cfg.dtype)
-    cfg.init_from = cfg.init_from and os.path.relpath(cfg.init_from, cfg.out)    # both can move, together
     if cfg.weight_decay is None:
-        cfg.weight_decay = 0.01 if cfg.recipe == "released" else 0.1             # PAPER 4.4: 0.1
+        cfg.weight_decay = 0.01 if cfg.recipe == "released" else 0.1       # PAPER 4.4: 0.1
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    with as_input_error(f"--device {cfg.device}: not on this machine", "; use cpu or auto"):
+        there = torch.zeros(1, device=cfg.device)
+        there.item()                               # meta, for one, has nothing in it
+        cfg.device = str(there.device)
+    if cfg.dtype == "auto":
+        cfg.dtype = "bf16" if cfg.device.startswith("cuda") and cfg.method != "full" else "fp32"
 
-def pick_languages(text, data):
-    """Codes from "all", a source's name or a list with commas, each checked against what `data` has."""
-    codes = sorted({path.parent.name for path in Path(data).glob("*/*.tsv")}) if data != "toy" else []
-    if not codes and data != "toy" and Path(data).is_dir():
+
+def check_value(field, value):
+    """Raise InputError unless a setting's value is within its bounds or choices."""
+    flag = "--" + field.name.replace("_", "-")
+    choices, least, below = (field.metadata[key] for key in ("choices", "least", "below"))
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=9, cutoff=0)
+        raise InputError(f"{flag} {value!r}: choose from {', '.join(near)}")
+    if field.type in (int, float) and not least <= value < below:
+        raise InputError(f"{flag} {value}: must lie in [{least}, {below})")
+
+
+def check_method(cfg):
+    """Fill in share and length of the prompt; raise InputError for what a method has no use for."""
+    if cfg.method == "full" and (cfg.prompt_length or cfg.target or cfg.dtype == "bf16"):
+        raise InputError("--method full takes no --prompt-length and no --target (train on a "
+                         "target with --source CODE), and trains in fp32, not in bf16")
+    if cfg.prompt_length is None:
+        cfg.prompt_length = 0 if cfg.method == "full" else 20
+    shortest = {"full": 0, "dual": 2}.get(cfg.method, 1)
+    if cfg.prompt_length < shortest:
+        raise InputError(f"--prompt-length {cfg.prompt_length}: {cfg.method} needs {shortest}")
+    share = SHARES[cfg.method]
+    cfg.xpe_ratio = share if cfg.xpe_ratio is None else cfg.xpe_ratio
+    if cfg.method != "dual" and cfg.xpe_ratio != share:
+        raise InputError(f"--xpe-ratio belongs to --method dual; {cfg.method} has none")
+    if cfg.method == "dual" and not 0 < cfg.xpe_ratio < 1:
+        raise InputError(f"--xpe-ratio {cfg.xpe_ratio:g}: must lie between 0 (spt) and 1 (xpe)")
+
+
+def load_backbone(name, device="cpu", dtype=torch.float32):
+    """The frozen encoder and its tokenizer, from the hub, a local folder, or "toy".
+
+    Raises InputError, also for files that do not fill the encoder, which would leave a part of it
+    random, and for a tokenizer that is not the encoder's.
+    """
+    if name == "toy":
+        backbone, tokenizer = toy_backbone()
+        missing = set()
+    else:
+        with as_input_error(f"cannot load the backbone {name!r}",
+                            "; give a folder, --backbone DIR, or --toy"):
+            backbone, tokenizer, missing = load_pretrained(name, device, dtype)
+    if missing:
+        raise InputError(f"the files of {name} do not fill the encoder: {', '.join(missing)} lack")
+    words, rows = len(tokenizer), backbone.get_input_embeddings().num_embeddings
+    if not rows / 2 <= words <= rows or tokenizer.pad_token_id is None:
+        raise InputError(f"the tokenizer of {name} is not the encoder's: it has {words} tokens, "
+                         f"the encoder {rows}, and padding is {tokenizer.pad_token}")
+    return backbone.to(device, dtype).requires_grad_(False), tokenizer
+
+
+def load_pretrained(name, device, dtype):
+    """(backbone without pooler, tokenizer, names of the weights that its files lack)."""
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, logging
+    logging.set_verbosity_error()                  # "unused classifier weights": by intention
+    logging.disable_progress_bar()
+    safe = dict(trust_remote_code=False)           # a foreign adapter may name any backbone
+    config = AutoConfig.from_pretrained(name, return_dict=True, **safe)
+    config.chunk_size_feed_forward = 0             # the same numbers, for texts of every length
+    auto = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+    if torch.device(device).type == "cpu" and dtype == torch.bfloat16:
+        safe["attn_implementation"] = "eager"      # there alone the fused one's gradient is slow
+    backbone, report = auto.from_pretrained(name, config=config, dtype=dtype,
+                                            output_loading_info=True, **safe)
+    if getattr(backbone, "pooler", None):
+        backbone.pooler = None                     # nobody reads it
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", trust_remote_code=False)
+    missing = {key for key in report["missing_keys"] if "pooler" not in key}
+    return backbone, tokenizer, sorted(missing)[:3]
+
+
+@torch.no_grad()
+def check_model(model, name):
+    """Try a model on a few tokens.  Raises InputError unless the position that is read sees the
+    text, no padding changes it, and tokens and their vectors give the same."""
+    model.eval()
+    device = next(model.parameters()).device
+    ids = torch.arange(10, 18, device=device)[None]                        # (1, 8)
+    other = ids + (ids == 16)                      # another word near the end
+    padded = torch.nn.functional.pad(ids, (0, 4), value=model.backbone.config.pad_token_id or 0)
+    mask = torch.ones_like(ids)
+    with as_input_error(f"--backbone {name} cannot be prompted"):
+        plain = model(ids, mask)
+        blind = torch.equal(plain, model(other, mask))
+        behind_padding = model(padded, torch.nn.functional.pad(mask, (0, 4)))
+        vectors = model.backbone.get_input_embeddings()(ids)
+        by_ids = model.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        by_vectors = model.backbone(inputs_embeds=vectors, attention_mask=mask).last_hidden_state
+    if blind:
+        raise InputError(f"--backbone {name}: the position that the head reads does not see the "
+                         "text behind it, as in a decoder; an encoder is needed")
+    if not alike(plain, behind_padding):
+        raise InputError(f"--backbone {name}: its results depend on padding")
+    if not alike(by_ids, by_vectors):
+        raise InputError(f"--backbone {name}: it treats vectors unlike the tokens that they are of")
+
+
+def alike(a, b):
+    """Are two results equal to what their precision allows?"""
+    tolerance = 0.1 if torch.finfo(a.dtype).bits == 16 else 1e-3
+    return bool((a - b).abs().max() <= tolerance * a.abs().max())
+
+
+def width(backbone):
+    """Size of the vectors that a backbone takes as its input, H with XLM-R."""
+    return backbone.get_input_embeddings().embedding_dim
+
+
+def count_positions(backbone):
+    """How many positions prompt and text may take, infinite where they are not numbered."""
+    for name, module in backbone.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            before = 0 if module.padding_idx is None else module.padding_idx + 1       # XLM-R: 2
+            return module.num_embeddings - before
+    return math.inf
+
+
+def available_codes(data):
+    """The language codes in `data`.  Raises InputError where there is no such folder."""
+    if data == "toy":
+        return list(groups.LANGUAGES)
+    codes = {path.parent.name for path in Path(data).glob("[!.]*/*.tsv")}
+    if codes:
+        return sorted(codes)
+    if Path(data).is_dir():
         from datasets import get_dataset_config_names
-        with as_input_error(f"--data {data}: no data set in it"):
-            codes = sorted(get_dataset_config_names(data))
-    elif not codes and data.startswith((".", "/", "~")):
+        with as_input_error(f"--data {data}: neither <code>/train.tsv nor a data set in it"):
+            return sorted(get_dataset_config_names(data))
+    if data.startswith((".", "/", "~")):
         raise InputError(f"--data {data}: no such folder")
-    codes = codes or list(groups.LANGUAGES)        # the hub's, and the toy's
-    named = groups.SOURCES | {"full": groups.FULL_SUPERVISION_TARGETS, "all": codes}
-    wanted = [code for name in map(str.strip, text.split(",")) for code in named.get(name, [name])]
-    for code in wanted:
-        if code not in codes:
-            near = difflib.get_close_matches(code, [*codes, *named], cutoff=0.4) or codes[:8]
-            raise InputError(f"unknown language {code!r} in {data}; there are: {', '.join(near)}")
-    return list(dict.fromkeys(wanted))
+    return list(groups.LANGUAGES)                  # the hub's SIB-200
+
+
+class Example(NamedTuple):
+    """A sentence of a data set."""
+    text: str
+    label: str
+    code: str                     # of its language
+    row: int                      # its number in the language's file, from 0
+
+
+def read_tsv(path):
+    """[(place, text, label)] of a TSV file as SIB-200's are: CSV with tabs, quoted where needed."""
+    csv.field_size_limit(2**30)
+    rows, line = [], 1
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:         # with or without a mark
+            reader = csv.DictReader(file, delimiter="\t", strict=True)
+            for row in reader:
+                line = reader.line_num
+                if None in row:
+                    raise InputError(f"{path}:{line}: more columns than the header has; put a text "
+                                     "that holds a tab in quotes")
+                rows.append((f"{path}:{line}", row["text"], row["category"]))
+    except (csv.Error, UnicodeError) as error:
+        raise InputError(f"{path}, behind line {line}: {describe(error)}; write UTF-8, put a text "
+                         "that begins with a quote in quotes, and double those inside") from None
+    except KeyError as error:
+        raise InputError(f"{path}: no column {error}; category and text are needed") from None
+    except FileNotFoundError:
+        other = path.with_suffix(".csv")
+        hint = f"; {other.name} is there: write it with tabs" if other.exists() else ""
+        raise InputError(f"{path}: no such file{hint}") from None
+    return rows
+
+
+def read_rows(data, code, split):
+    """[(place, text, label)] from a TSV folder, the hub, or a local folder for load_dataset."""
+    if data == "toy":
+        return toy_rows(code, split)
+    path = Path(data, code, split + ".tsv")
+    if any(Path(data).glob("[!.]*/*.tsv")):
+        return read_tsv(path)
+    remedy = "; offline, give a local folder with --data DIR, or --toy"
+    with as_input_error(f"cannot read {code}, {split}, of {data}", remedy):
+        import datasets
+        datasets.disable_progress_bars()
+        table = datasets.load_dataset(data, code, split={"dev": "validation"}.get(split, split))
+        names = getattr(table.features["category"], "names", None)         # of a ClassLabel
+        return [(f"{path} row {i}", row["text"],
+                 names[row["category"]] if names else row["category"])
+                for i, row in enumerate(table)]
+
+
+def load_language(data, code, split, labels=None):
+    """Texts and label names of one language; `split` is train, dev or test, `data` as in Config.
+
+    With `labels`, every label must be one of them.  Raises InputError that names file and line.
+    """
+    texts, found = [], []
+    for place, text, label in read_rows(data, code, split):
+        text, label = ("" if value is None else str(value) for value in (text, label))
+        if not text.strip():
+            raise InputError(f"{place}: empty text")
+        if not label or labels and label not in labels:
+            raise InputError(f"{place}: unknown label {label!r}; known: {', '.join(labels or [])}")
+        texts.append(text)
+        found.append(label)
+    if not texts:
+        raise InputError(f"no {split} rows for {code} in {data}")
+    return texts, found
+
+
+def load_examples(data, codes, split, labels=None):
+    """[Example] of several languages, one after the other; the rest as in load_language."""
+    examples = []
+    for code in codes:
+        texts, found = load_language(data, code, split, labels)
+        examples += [Example(*pair, code, row) for row, pair in enumerate(zip(texts, found))]
+    return examples
+
+
+class Task(NamedTuple):
+    """What a run learns from and is measured by."""
+    train: list                   # [Example]
+    dev: list
+    test: list
+    labels: list                  # names of the classes, in order
+    digests: dict                 # {what: digest}: another digest means another run
+
+
+def read_task(cfg):
+    """The Task of a config: read before the backbone, which takes long.  Raises InputError."""
+    available = available_codes(cfg.data)
+    sources = groups.resolve(cfg.source, available, f"--data {cfg.data}")
+    targets = groups.resolve(cfg.target, available, f"--data {cfg.data}") if cfg.target else sources
+    tested = groups.resolve(cfg.languages, available, f"--data {cfg.data}")
+
+    found = {example.label for example in load_examples(cfg.data, sources, "train")}
+    known = set(groups.LABELS)
+    labels = sorted(known if found > known else found)     # an eighth in SIB-200 is a slip
+    train = load_examples(cfg.data, targets, "train", labels)
+    dev = load_examples(cfg.data, targets, "dev", labels)
+    test = load_examples(cfg.data, tested, "test", labels)
+    sentences = hashlib.sha256(repr((train, dev, test, labels)).encode()).hexdigest()[:12]
+    digests = dict(sentences=sentences, encoder=encoder_digest(cfg.backbone))
+    return Task(train, dev, test, labels, digests)
+
+
+def encoder_digest(name):
+    """A digest of a local encoder's files: names, sizes and, to be quick, a sample of each."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).glob("*.*")):
+        if path.suffix not in (".json", ".safetensors", ".bin", ".model", ".txt"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for part in range(64):
+                file.seek(size * part // 64)
+                digest.update(file.read(256))
+    return digest.hexdigest()[:12]
+
 
 def backbone_of(cfg):
-    """A config's backbone and tokenizer.  Raises InputError where it has too few positions."""
+    """A config's backbone and tokenizer.  Raises InputError where they do not serve it."""
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-    backbone, tokenizer = load_backbone(cfg.backbone, cfg.device, dtype, cfg.backbone_dropout == "on")
-    room = backbone.config.max_position_embeddings - backbone.config.pad_token_id - 1        # XLM-R's first
+    backbone, tokenizer = load_backbone(cfg.backbone, cfg.device, dtype)
+    room = count_positions(backbone)
     if cfg.prompt_length + cfg.max_length > room:
-        raise InputError(f"--prompt-length {cfg.prompt_length} + --max-length {cfg.max_length}: more than "
-                         f"the {room} positions of {cfg.backbone}")
+        raise InputError(f"--prompt-length {cfg.prompt_length} + --max-length {cfg.max_length}: "
+                         f"more than the {room} positions of {cfg.backbone}")
+    first = tokenizer("a")["input_ids"][0]
+    if cfg.pool == "bos" and first not in tokenizer.all_special_ids:
+        raise InputError(f"--pool bos: texts begin with no special token in {cfg.backbone}")
     return backbone, tokenizer
 
-def build_model(cfg, num_labels):
-    """The model that a config starts from, and its tokenizer; --init-from is a run or an adapter."""
-    torch.manual_seed(cfg.seed)                    # before anything is built
+
+def build_model(cfg, labels):
+    """The model that a config starts from, and its tokenizer.  Raises InputError."""
     backbone, tokenizer = backbone_of(cfg)
-    prompt = build_prompt(cfg.method, cfg.prompt_length, backbone.config.hidden_size, cfg.xpe_ratio,
+    torch.manual_seed(cfg.seed)                    # before anything that is trained is built
+    prompt = build_prompt(cfg.method, cfg.prompt_length, width(backbone), cfg.xpe_ratio,
                           mlp_hidden=cfg.mlp_hidden, dropout=cfg.dropout)
-    model = PromptedClassifier(backbone, prompt, num_labels, cfg.pool, cfg.head_dropout).to(cfg.device)
+    model = PromptedClassifier(backbone, prompt, len(labels), cfg.pool, cfg.head_dropout)
+    model.to(cfg.device)
+    check_model(model, cfg.backbone)
     backbone.requires_grad_(cfg.method == "full")
     if cfg.init_from:
-        start = Path(os.path.normpath(Path(cfg.out, cfg.init_from)))
-        with as_input_error(f"--init-from {start}: does not fit", "; a run must be finished, --method and "
-                            "length the same; a finished prompt has no encoder and goes on as --method spt"):
-            state = read_checkpoint(start / "checkpoint.pt") if (start / "result.json").exists() else None
-            theirs = state["config"] if state else vars(cfg)
-            if theirs["pool"] != cfg.pool or cfg.target and theirs["source"] != cfg.source:
-                raise InputError(f"it was trained with --source {theirs['source']} --pool {theirs['pool']}")
-            copy_into(model, state["log"]["best"] if state else trainable(load_adapter(start, backbone)))
+        start_from(cfg.init_from, model, labels, cfg)
     return model, tokenizer
 
-def run(cfg, stop=()):
-    """One run, from the config to result.json; a finished run is only reported."""
-    folder, result, state = claim_folder(cfg)
-    if result:
-        print(f"{folder} is finished: reported, not repeated")
-        return groups.print_result(result)
-    sources = pick_languages(cfg.target or cfg.source, cfg.data)
-    targets = pick_languages(cfg.languages, cfg.data)
-    names = {name for _, name, _ in load_rows(cfg.data, pick_languages(cfg.source, cfg.data), "train", None)}
-    labels = sorted(groups.LABELS if names > set(groups.LABELS) else names)  # an eighth in SIB-200 is a slip
-    parts = (sources, "train"), (sources, "dev"), (targets, "test")
-    rows = [load_rows(cfg.data, *part, labels) for part in parts]    # before the backbone, which takes long
-    model, tokenizer = build_model(cfg, len(labels))
-    data, dev, test = (encode(part, labels, tokenizer, cfg.device, cfg.max_length) for part in rows)
-    n, whole = (sum(p.numel() for p in ps) for ps in (trainable(model).values(), model.parameters()))
-    print(f"{folder}: {n:,} of {whole:,} parameters train ({100 * n / whole:.2f} %) on {len(data.lengths):,} "
-          f"sentences, {len(sources)} languages, {len(labels)} labels; {cfg.dtype}, {cfg.device}")
-    trained = train(model, data, dev, cfg, folder, stop, state)
-    accuracy = evaluate(model.cache_prompt(), test, stop)[0]
-    result = dict(config=dataclasses.asdict(cfg), seconds=trained["seconds"], trainable_parameters=n,
-                  versions=dict(python=sys.version.split()[0], torch=torch.__version__), accuracy=accuracy,
-                  groups=groups.group_means(accuracy), dev_curve=trained["curve"],
-                  dev_accuracy=max(c["dev_accuracy"] for c in trained["curve"]))
-    if cfg.pool == "first" and cfg.method != "full":                 # another, PEFT's layout cannot say
-        save_adapter(model, folder / "adapter", cfg.backbone, dict(result, labels=labels, languages=sources))
-    write_file(folder / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
-    if cfg.method == "full":
-        (folder / "checkpoint.pt").unlink()        # 5 GB of XLM-R large
-    return groups.print_result(result)
 
-def transfer(cfg, stop=()):
-    """Sequential transfer (4.1): go on from the best prompt and head of a source run in each target alone."""
-    targets = pick_languages(cfg.target, cfg.data)
-    for split in ("train", "dev", "test"):         # read them before the source run, which takes long
-        load_rows(cfg.data, targets, split, None)
+def start_from(folder, model, labels, cfg):
+    """Put prompt and head of a finished run, or of an adapter, into a model (--init-from)."""
+    folder = Path(folder)
+    with as_input_error(f"--init-from {folder}: does not fit",
+                        "; a run must be finished, --method and length the same; a finished prompt "
+                        "has no encoder and goes on as --method spt"):
+        if not (folder / "adapter_config.json").exists():
+            theirs = json.loads((folder / "result.json").read_text(encoding="utf-8"))["labels"]
+            checkpoint = read_checkpoint(folder / "checkpoint.pt")
+            tensors, config = checkpoint["progress"]["best"], checkpoint["config"]
+            if config["pool"] != cfg.pool or cfg.target and config["source"] != cfg.source:
+                raise InputError(f"--init-from {folder}: it was trained with --source "
+                                 f"{config['source']} --pool {config['pool']}")
+        else:
+            tensors = trainable(load_adapter(folder, model.backbone))
+            theirs = class_names(folder, cfg.labels)
+        if set(theirs) != set(labels):
+            raise InputError(f"--init-from {folder}: its labels are {', '.join(theirs)}, not "
+                             f"{', '.join(labels)}")
+        order = [theirs.index(label) for label in labels]          # a class is known by its name
+        for name in ("head.out_proj.weight", "head.out_proj.bias"):
+            tensors[name] = tensors[name][order]
+        copy_into(model, tensors)
+
+
+def class_names(folder, said=""):
+    """The names of an adapter's classes, in order: those `said` (a,b,c), else its own, else guessed
+    with a note.  Raises InputError where they are not as many as its classes."""
+    adapter = read_adapter(folder)
+    labels = said.split(",") if said else adapter.labels
+    if not labels and adapter.free != "prompt_embeddings":
+        labels = list(groups.SIB200_ORDER)         # AUTHORS: the data set's own, no alphabet
+    if not labels:
+        labels = sorted(groups.LABELS)
+        print(f"{folder} names no labels: SIB-200's are taken, in alphabetical order; --labels "
+              "says others", file=sys.stderr)
+    classes = len(adapter.tensors[HEAD + "out_proj.bias"])
+    if len(set(labels)) != classes:
+        raise InputError(f"{folder}: its head has {classes} classes, and {len(set(labels))} are "
+                         f"named: {', '.join(labels)}")
+    return labels
+
+
+# ----------------------------------------------------------------------------------------- The toy
+
+def toy_backbone():
+    """A random two-layer XLM-R over 70 topic words, 50 filler and 300 foreign ones, and its
+    tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
+    words = ["<s>", "<pad>", "</s>", "<unk>"]
+    words += [f"topic{i}" for i in range(70)]
+    words += [f"filler{i}" for i in range(50)]
+    words += [f"foreign{i}" for i in range(300)]
+    ids = {word: i for i, word in enumerate(words)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [("<s>", 0), ("</s>", 2)]
+    core.post_processor = processors.TemplateProcessing("<s> $A </s>", None, ends)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
+                                        unk_token="<unk>", pad_token="<pad>")
+    config = XLMRobertaConfig(
+        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=128, max_position_embeddings=130, type_vocab_size=1,
+        initializer_range=0.1)
+    with torch.random.fork_rng(devices=[]):        # whatever the seed, like a pretrained encoder
+        torch.manual_seed(0)
+        backbone = XLMRobertaModel(config, add_pooling_layer=False)
+        topics = torch.randn(7, 64)                # words of a topic look alike, as if pretrained
+        vectors = backbone.get_input_embeddings().weight.data                      # (424, H)
+        vectors[4:74] += topics.repeat_interleave(10, dim=0)                       # (70, H)
+    return backbone, tokenizer
+
+
+def toy_rows(code, split):
+    """[(place, text, label)]: half topic words, half filler.  A topic word turns foreign, which
+    says nothing: 5 % of them in seen languages, 90 % in low-performing, 65 % in other unseen."""
+    foreign = 0.65
+    if code in groups.SEEN:
+        foreign = 0.05
+    if code in groups.LOW_PERFORMING:
+        foreign = 0.9
+    dice = random.Random(f"{code} {split}")
+    rows = []
+    for _ in range(140 if split == "train" else 35):
+        topic = dice.randrange(7)
+        words = [f"filler{dice.randrange(50)}" for _ in range(dice.randint(3, 6))]
+        for _ in range(dice.randint(3, 6)):
+            word = f"topic{10 * topic + dice.randrange(10)}"
+            words.append(f"foreign{dice.randrange(300)}" if dice.random() < foreign else word)
+        rows.append((code, " ".join(dice.sample(words, len(words))), groups.LABELS[topic]))
+    return rows
+
+
+# ---------------------------------------------------------------------------- Jobs and command line
+
+def transfer(cfg):
+    """Sequential transfer (4.1): a source run, then each target alone, from its prompt and head."""
+    target_configs = configs_of_targets(cfg)
+    for target in target_configs:                  # before the source run, which takes long
+        read_task(target)
     if not cfg.init_from:
-        run(source := dataclasses.replace(cfg, target=""), stop)
-        cfg.init_from = claim_folder(source)[0].name
-    for code in targets:                           # PAPER 4.4: patience 30; AUTHORS: warm-up, no dropout
-        run(dataclasses.replace(cfg, target=code, languages=code, steps=cfg.target_steps, patience=30,
-                                warmup=0.05, dropout=0.0), stop)
+        run(dataclasses.replace(cfg, target=""), wait=True)
+    for target in target_configs:
+        run(target)
 
-def use_adapter(cfg, stop=()):
-    """--load: accuracy of an adapter per language; with --predict, a label for each line of a text file."""
-    adapter, _ = read_adapter(cfg.load)
-    labels, cfg.prompt_length = adapter["labels"] or list(groups.LABELS), adapter["num_virtual_tokens"]
-    if cfg.backbone == Config.backbone:            # the default: the adapter knows better
-        cfg.backbone = adapter.get("base_model_name_or_path") or cfg.backbone
-    rows = ([(line, labels[0], "") for line in read_lines(cfg.predict)] if cfg.predict else
-            load_rows(cfg.data, pick_languages(cfg.languages, cfg.data), "test", labels))
+
+def configs_of_targets(cfg):
+    """The config of the run on each language of --target."""
+    start = cfg.init_from or str(Path(cfg.out, run_name(dataclasses.replace(cfg, target=""))))
+    codes = groups.resolve(cfg.target, available_codes(cfg.data), f"--data {cfg.data}")
+    return [dataclasses.replace(cfg, target=code, languages=code, init_from=start,
+                                steps=cfg.target_steps, warmup=cfg.target_warmup,
+                                dropout=cfg.target_dropout, patience=cfg.target_patience)
+            for code in codes]
+
+
+def finished(cfg):
+    """Is all that a config asks for there already?  What would be refused is not finished."""
+    try:
+        configs = configs_of_targets(cfg) if cfg.target else [cfg]
+        return all(RunFolder(one, read_task(one)).result() for one in configs)
+    except InputError:
+        return False
+
+
+def use_adapter(cfg):
+    """--load: accuracy of an adapter per language; with --predict, a label for each line."""
+    adapter = read_adapter(cfg.load)
+    base = adapter.config.get("base_model_name_or_path") or "FacebookAI/xlm-roberta-large"
+    cfg = dataclasses.replace(cfg, backbone=cfg.backbone or base, method="spt", xpe_ratio=None,
+                              prompt_length=adapter.config["num_virtual_tokens"])
     backbone, tokenizer = backbone_of(cfg)
     model = load_adapter(cfg.load, backbone).cache_prompt()
-    if len(labels) != model.head.out_proj.out_features:
-        raise InputError(f"--load {cfg.load}: its head has not as many classes as the {len(labels)} labels")
-    if not rows:                                   # an empty file
-        return
-    split = encode(rows, labels, tokenizer, cfg.device, cfg.max_length)
+    check_model(model, cfg.backbone)
+    labels = class_names(cfg.load, cfg.labels)
+
+    def encoded(examples):
+        return encode(examples, labels, tokenizer, cfg.device, cfg.max_length)
+
     if not cfg.predict:
-        return groups.print_result(dict(config=vars(cfg), accuracy=evaluate(model, split, stop)[0]))
-    shares, classes = predict(model, split, stop).softmax(-1).max(-1)
-    for (line, *_), share, label in zip(rows, shares.tolist(), classes.tolist()):
-        print(f"{labels[label]}\t{share:.4f}\t{line}" if line.strip() else f"\t\t{line}")
+        codes = groups.resolve(cfg.languages, available_codes(cfg.data), f"--data {cfg.data}")
+        examples = load_examples(cfg.data, codes, "test", labels)
+        accuracy, _, _ = evaluate(model, encoded(examples), "test")
+        groups.print_result(dict(config=definition(cfg), accuracy=accuracy))
+        return
+    for lines in read_lines(cfg.predict):
+        texts = [Example(line, labels[0], "", 0) for line in lines]
+        shares, classes = predict(model, encoded(texts)).softmax(-1).max(-1)
+        for line, share, label in zip(lines, shares.tolist(), classes.tolist()):
+            print(f"{labels[label]}\t{share:.4f}\t{line}" if line.strip() else f"\t\t{line}")
 
-def read_lines(path):
-    """The lines of a UTF-8 file, or of standard input for "-".  Raises InputError that names the line."""
+
+def read_lines(path, size=256):
+    """Lists of lines of a UTF-8 file, or of standard input for "-".  Raises InputError."""
     with as_input_error(f"--predict {path}: cannot be read"):
-        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n") if raw else []
-    except UnicodeDecodeError as error:            # byte 10 is the line feed
-        raise InputError(f"--predict {path}: line {error.object[:error.start].count(10) + 1} is not UTF-8")
+        file = sys.stdin.buffer if path == "-" else open(path, "rb")
+    lines = []
+    with file:
+        for number, line in enumerate(file, 1):
+            try:
+                lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
+            except UnicodeDecodeError:
+                raise InputError(f"--predict {path}: line {number} is not UTF-8") from None
+            if len(lines) == size:
+                yield lines
+                lines = []
+    if lines:
+        yield lines
 
-def benchmark(cfg, stop=()):
-    """--benchmark: a training step and an evaluation batch of texts of 36 random tokens, beside the products
-    with the layers' matrices alone.  Medians of 5 rounds, after one to warm up, of 8 batches each in turns; a
-    share is of the products in the same round.  Operations for each of S positions: m = 2 (4 H H + 2 H F) a
-    layer, two for each weight of its matrices, where the last three of the last layer count for one position;
-    a = 4 S H a layer in the attention.  Evaluation m + a.  Training adds a backward pass: m + 2 a, frozen
-    weights need no gradient; 2 m + 2 a with --method full."""
-    cfg.steps, cfg.max_length, B, S = 8, 36, cfg.batch_size, cfg.prompt_length + 36
-    model, ids = build_model(cfg, num_labels=7)[0], torch.randint(5, 400, (8 * B, 36), device=cfg.device)
-    data = Split(ids, torch.ones_like(ids), ids[:, 0] % 7, np.full(8 * B, 36), np.full(8 * B, "random"))
+
+def benchmark(cfg):
+    """--benchmark: a training step and an evaluation batch, beside the layers' products alone.
+
+    Texts of 36 random tokens; medians of 5 rounds, after one to warm up, of 8 batches in turns; a
+    share is of the products' rate in the same round.  Operations are counted by torch.
+    """
+    model, _ = build_model(cfg, groups.LABELS)
     optimizer = Adafactor(parameter_groups(model, cfg), cfg.lr)
-    train_8 = lambda: train_epoch(model, data, optimizer, cfg, dict(step=0, curve=[], epoch_losses=[]), stop)
-    matrices = [p.detach() for p in model.backbone.encoder.layer.parameters() if p.dim() == 2]
-    x = {w.shape[1]: torch.randn(B * S, w.shape[1], device=cfg.device, dtype=w.dtype) for w in matrices}
-    every, last = (2 * sum(w.numel() for w in some) for some in (matrices, matrices[-3:]))
-    m, a = every - last + last / S, 4 * S * matrices[0].shape[0] * len(matrices) // 6
-    works = {"products": (every, lambda: sum((x[w.shape[1]] @ w.T)[0, 0] for w in matrices * 8).item()),
-             "training step": ((3 if cfg.method == "full" else 2) * m + 3 * a, train_8),
-             "evaluation": (m + a, lambda: predict(model, data, stop).sum().item())}
-    turns = np.array([[timeit.timeit(w, number=1) / 8 for _, w in works.values()] for _ in range(6)][1:])
-    rates = np.array([operations * B * S for operations, _ in works.values()]) / turns / 1e9         # (5, 3)
-    print(f"a batch of {B:<4} {'ms':>8} {'tokens/s':>9} {'sentences/s':>11} {'GFLOP/s':>8} share")
-    for name, t, rate, share in zip(works, *(np.median(x, 0) for x in (turns, rates, rates / rates[:, :1]))):
-        print(f"{name:<15} {1000 * t:8.1f} {B * S / t:9.0f} {B / t:11.1f} {rate:8.0f} {share:5.0%}")
-    from resource import RUSAGE_SELF, getrusage    # not on Windows; in kB on Linux, in bytes on macOS
-    peak = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF)[2] * 1024 ** (sys.platform == "linux")
-    print(f"peak memory {peak / 2**30:.2f} GiB; {cfg.dtype}, {cfg.device}")
+    size, indices = cfg.batch_size, np.arange(cfg.batch_size)
+    ids = torch.randint(5, 400, (size, 36), device=cfg.device)
+    sentences = Sentences(ids, torch.ones_like(ids), ids[:, 0] % 7, np.full(size, 36), indices)
+    matrices = [p.detach() for p in model.backbone.encoder.parameters() if p.dim() == 2]
+    x = torch.randn(size * (cfg.prompt_length + 36), max(matrices[0].shape[0], *matrices[-1].shape),
+                    device=cfg.device, dtype=matrices[0].dtype)
+
+    def products():
+        for matrix in matrices:
+            y = x[:, :matrix.shape[1]] @ matrix.T
+        return y
+
+    def training():
+        set_training_mode(model, cfg)
+        return train_step(model, sentences.batch(indices), optimizer, cfg.clip)
+
+    def evaluation():
+        return predict(model, sentences)
+
+    works = (products, training, evaluation)
+    operations = np.array([count_operations(work) for work in works])
+    seconds = np.array([[time_of(work) for work in works] for _ in range(6)][1:])      # (5, 3)
+    rates = operations / seconds / 1e9                                                 # (5, 3)
+    shares = rates / rates[:, :1]                                                      # (5, 3)
+    print(f"a batch of {size:<5} {'ms':>8} {'sentences/s':>11} {'GFLOP/s':>8} share")
+    for i, work in enumerate(works):
+        s, rate, share = (np.median(table[:, i]) for table in (seconds, rates, shares))
+        print(f"{work.__name__:<16} {1000 * s:8.1f} {size / s:11.1f} {rate:8.0f} {share:5.0%}")
+    print(f"peak memory {peak_memory(cfg.device) / 2**30:.2f} GiB; {cfg.dtype}, {cfg.device}")
+
+
+def time_of(work):
+    """Seconds for a batch, of 8 in a row; the device is waited for once."""
+    return timeit.timeit(lambda: [work() for _ in range(8)][-1].sum().item(), number=1) / 8
+
+
+def count_operations(work):
+    """Multiplications and additions of a work in products; attention is made to show its own."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def peak_memory(device):
+    """The most bytes that were in use: on a GPU by torch, else by the whole process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1024 if sys.platform == "linux" else 1)         # macOS counts bytes
+
+
+HELP_GROUPS = {  # the settings from which on --help has another title
+    "method": "the method", "source": "the languages", "steps": "the training",
+    "target_steps": "the training on each language of --target", "seed": "the run",
+    "load": "instead of training"}
+
+
+def parse(argv=None):
+    """The command line as a Config.  Raises InputError."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(message):                            # argparse's own prints the usage too
+        raise InputError(f"{message}; see --help")
+    parser.error = error
+    for field in dataclasses.fields(Config):
+        if field.name in HELP_GROUPS:
+            group = parser.add_argument_group(HELP_GROUPS[field.name])
+        flag, default = "--" + field.name.replace("_", "-"), field.metadata["default"]
+        if field.type is bool:
+            group.add_argument(flag, action="store_true", help=field.metadata["text"])
+            continue
+        shown = "" if default in (None, "") else f" [{default}]"
+        group.add_argument(flag, type=field.type, metavar=field.type.__name__.upper(),
+                           help=field.metadata["text"] + shown)
+    return Config(**vars(parser.parse_args(argv)))
+
 
 def main(argv=None):
-    """The command line; -> exit code: 0 done, 1 the run failed, 2 wrong input, 128 + signal when stopped."""
-    stop = []
-    def note(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)      # a second one ends at once, whatever is under way
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    """The command line; -> exit code: 0 done, 1 the run failed, 2 wrong input."""
+    return groups.guarded("xpe.py", lambda: start(parse(argv)))
+
+
+def start(cfg):
+    """Do what a config asks for.  Raises MemoryError for each of torch's ways to say so."""
+    job = transfer if cfg.target else run
+    if cfg.load:
+        job = use_adapter
+    if cfg.benchmark:
+        job = benchmark
     try:
-        check(cfg := parse(argv))
-        job = benchmark if cfg.benchmark else use_adapter if cfg.load else transfer if cfg.target else run
-        job(cfg, stop)
-        return 0
-    except KeyboardInterrupt:
-        message = "stopped" if cfg.load or cfg.benchmark else "stopped; the same command goes on from here"
-        code = 128 + stop[0]
-    except (InputError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        code, message = 2 if isinstance(error, InputError) else 1, error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    print(f"xpe.py: {message}", file=sys.stderr)
-    return code
+        job(cfg)
+    except RuntimeError as error:                  # torch has no type of its own for a CPU's memory
+        if "memory" not in str(error):
+            raise
+        raise MemoryError(f"{describe(error)}; a smaller --batch-size needs less") from error
+
 
 if __name__ == "__main__":
     sys.exit(main())
