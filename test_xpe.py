@@ -18,6 +18,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,8 @@ WORDS = {
 SPLITS = ("train", "dev", "test")
 HEAD = "base_model.classifier."
 LOW, UNSEEN, SEEN, ALL = groups.TARGET_GROUPS
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 # ---------------------------------------------------------------------------------------- Helpers
@@ -1798,6 +1801,129 @@ def test_every_documented_command_parses(where, fence, tmp_path, monkeypatch):
         else:
             pytest.raises(ZeroDivisionError, groups.main, argv)
     assert found
+
+
+# ------------------------------------------------------------------------------------------ Trust
+
+ODD_RESULTS = """5 | [1] | null | [] | {} | "text" | {"config": {}} | {"config": 5, "accuracy": {}} |
+{"config": {"method": "spt", "source": "x", "seed": 0, "xpe_ratio": 0}, "accuracy": {"x": "y"}} |
+{"config": {"method": "spt", "source": "x", "seed": 0, "xpe_ratio": 0}, "accuracy": {"x": NaN}} |
+{"config": {"method": "spt", "source": "x", "seed": 0, "xpe_ratio": 0}, "accuracy": {"x": 5}}"""
+
+
+@pytest.mark.parametrize("text", ODD_RESULTS.split(" |"))
+def test_result_of_another_shape_is_refused(text, whole, tmp_path, capsys):
+    path = tmp_path / whole.name / "result.json"
+    path.parent.mkdir()
+    path.write_text(text.strip())
+    before = files(tmp_path)
+    refused(capsys, [path.parent.name], SHORT, 100, "--out", tmp_path)
+    assert files(tmp_path) == before
+
+
+ODD_CHECKPOINTS = [
+    5, [1], {"config": 5}, {"digests": []}, {"progress": {}}, {"progress": 5}, {"progress": {"a": 1}},
+    {"progress": {"step": 5, "seconds": 1.0, "curve": 5, "best": {}}}, {"model": {}}, {"rng": 5},
+    {"rng": torch.zeros(3)}, {"cuda_rng": 5}, {"optimizer": {}}, {"optimizer": {"state": 5}},
+]
+
+
+@pytest.mark.parametrize("odd", ODD_CHECKPOINTS, ids=str)
+def test_checkpoint_of_another_shape_is_refused(odd, whole, tmp_path, capsys):
+    path = tmp_path / whole.name / "checkpoint.pt"
+    path.parent.mkdir()
+    torch.save(kept(whole) | odd if isinstance(odd, dict) else odd, path)
+    before = files(tmp_path)
+    refused(capsys, "checkpoint.pt", SHORT, 100, "--out", tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_log_is_whole_again(whole, tmp_path):
+    """A kill came between the checkpoint and its log, at the very end."""
+    folder = tmp_path / whole.name
+    folder.mkdir()
+    (folder / "checkpoint.pt").write_bytes((whole / "checkpoint.pt").read_bytes())
+    launch(tmp_path, SHORT, 100)
+    assert (folder / "log.csv").read_text() == (whole / "log.csv").read_text()
+
+
+def test_checkpoint_of_fine_tuning_goes_even_after_a_kill(tmp_path):
+    argv = "--method full --lr 1e-3", SHORT, 5
+    folder = launch(tmp_path, *argv)
+    (folder / "checkpoint.pt").write_bytes(b"4.5 GB")          # what a kill would leave
+    launch(tmp_path, *argv)
+    assert not (folder / "checkpoint.pt").exists()
+
+
+def test_another_encoder_of_the_same_shape_is_refused(tmp_path, tiny, capsys):
+    encoder_folder = tmp_path / "encoder"
+    shutil.copytree(tiny, encoder_folder)
+    argv = SHORT, "5 --backbone", encoder_folder
+    folder = launch(tmp_path / "out", *argv)
+    weights = load_file(encoder_folder / "model.safetensors")
+    save_file({name: t + 1 for name, t in weights.items()}, encoder_folder / "model.safetensors")
+    before = files(folder)
+    refused(capsys, "encoder", *argv, "--out", tmp_path / "out")
+    (folder / "result.json").rename(tmp_path / "result.json")  # as if it were interrupted
+    refused(capsys, "encoder", *argv, "--out", tmp_path / "out")
+    (tmp_path / "result.json").rename(folder / "result.json")
+    assert files(folder) == before
+
+
+def test_dangling_out_is_found_at_once(tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    refused(capsys, "link", "--out", tmp_path / "link")
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("num_virtual_tokens", -4, "num_virtual_tokens | -4"),
+    ("num_virtual_tokens", 10**12, "num_virtual_tokens | 1000000000000"),
+    ("num_virtual_tokens", True, "num_virtual_tokens | True"),
+    ("num_virtual_tokens", 4.0, "num_virtual_tokens | 4.0"),
+    ("labels", "abcdefg", "labels | abcdefg"),
+    ("labels", ["a"] * 7, "labels"),
+    ("labels", ["a", "b"], "7 classes | a, b"),
+    ("labels", {"a": 1}, "labels"),
+])
+def test_odd_adapter_is_refused_by_name(name, value, words, tmp_path, capsys):
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4} | {name: value}
+    tensors = {"prompt_embeddings": torch.randn(4, 64)} | random_head(HEAD)
+    folder = adapter(tmp_path / "adapter", tensors, **config)
+    if name == "labels":
+        (folder / "xpe.json").write_text(json.dumps({"labels": value}))
+    refused(capsys, words, "--load", folder, "--languages fra_Latn")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_value_that_is_not_finite_is_refused_by_its_tensor(value, tmp_path, capsys):
+    tensors = {"prompt_embeddings": torch.randn(4, 64)} | random_head(HEAD)
+    tensors[HEAD + "dense.bias"][3] = value
+    folder = adapter(tmp_path / "adapter", tensors, peft_type="PROMPT_TUNING", num_virtual_tokens=4)
+    refused(capsys, "dense.bias | finite", "--load", folder, "--languages fra_Latn")
+
+
+def test_tiny_file_that_asks_for_much_memory_is_refused(tmp_path, capsys):
+    tensors = {"prompt_embeddings": torch.zeros(1).expand(10**6, 10**4)} | random_head(HEAD)
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 10**6}
+    folder = adapter(tmp_path / "adapter", random_head(HEAD), **config)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+    refused(capsys, "prompt_embeddings | larger", "--load", folder, "--languages fra_Latn")
+
+
+def test_endless_input_gets_answers(runs, tiny):
+    argv = [sys.executable, HERE / "xpe.py", "--toy", "--backbone", tiny, "--predict", "-", "--load"]
+    command = " ".join(map(str, [*argv, runs["xpe"] / "adapter"]))
+    shown = subprocess.run(["bash", "-c", f"yes topic1 | {command} | head -n 2"], text=True,
+                           capture_output=True, timeout=300)
+    assert shown.stdout.count("topic1") == 2
+    assert shown.stderr.count("\n") <= 1
+
+
+def test_adapter_can_be_read_by_others(runs):
+    for path in (runs["dual"] / "adapter").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~UMASK, path
 
 
 # ----------------------------------------------------------------------------------- The whole grid
