@@ -13,6 +13,7 @@ import argparse
 import csv
 import difflib
 import functools
+import gzip
 import json
 import os
 import re
@@ -510,9 +511,10 @@ class Run:
         Raises InputError that names the file where it is broken or gives another accuracy than
         result.json does.
         """
-        path = self.folder / "predictions.csv"
-        if not path.exists():
+        paths = list(self.folder.glob("predictions.csv*"))  # or packed, predictions.csv.gz
+        if not paths:
             return {}
+        path = paths[0]
         try:
             right = read_answers(path)
             for code, percent in self.accuracy.items():
@@ -526,7 +528,8 @@ class Run:
 def read_answers(path):
     """A predictions.csv as language -> [right?].  Raises ValueError where a sentence is missing."""
     right = {}
-    with open(path, newline="", encoding="utf-8") as file:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", newline="", encoding="utf-8") as file:
         lines = csv.reader(file)
         next(lines, None)  # the header: language, row, label, predicted
         for code, row, label, predicted in lines:

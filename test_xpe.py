@@ -31,6 +31,8 @@ from typing import NamedTuple
 # Before anything reads them.  One thread: in models as tiny as these, two would mostly wait.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -510,7 +512,7 @@ def test_best_epoch_is_kept_and_patience_counts_from_half_time():
 
 
 @pytest.mark.parametrize("losses, stop", [
-    ([20 - n for n in range(20)] + [5] * 200, 98),             # overfits: the worse half counts alone
+    ([20 - n for n in range(20)] + [5] * 200, 98),     # overfits: the worse half counts alone
     ([1] * 200, 98),
     ([20 - n for n in range(20)] + [5 - n / 99 for n in range(150)], None),
     ([1] * 90 + [0.5] + [0.5] * 100, 111),                     # an equal loss is no better one
@@ -1599,7 +1601,7 @@ def test_lack_of_memory_is_one_line(error, monkeypatch, capsys):
     assert line.count("\n") == 1
 
 
-def test_a_bug_is_no_line(monkeypatch):
+def test_a_bug_in_a_job_is_no_line(monkeypatch):
     def broken(cfg):
         raise RuntimeError("shapes do not match")
 
@@ -1675,7 +1677,7 @@ def section(title):
 
 def pasted(title, **names):
     """What xpe.py's section of this title defines where nothing but torch and `names` is there."""
-    names["torch"] = torch
+    names |= {"torch": torch, "nn": torch.nn, "F": torch.nn.functional}
     exec(section(title), names)
     return names
 
@@ -1924,6 +1926,360 @@ def test_endless_input_gets_answers(runs, tiny):
 def test_adapter_can_be_read_by_others(runs):
     for path in (runs["dual"] / "adapter").iterdir():
         assert path.stat().st_mode & 0o777 == 0o666 & ~UMASK, path
+
+
+# ------------------------------------------------------------------- Encoders that a user brings
+
+LONG_TEXTS = ["topic1 topic2 filler3", "topic11", " ".join(f"topic{i}" for i in range(28))]
+RUN = ("--data toy --source eng_Latn --languages eng_Latn --max-length 32 --prompt-length 6 "
+       "--steps 2").split()
+SMALL = dict(vocab_size=424, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+             intermediate_size=64, max_position_embeddings=130, pad_token_id=1, bos_token_id=0,
+             eos_token_id=2)
+BART = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64,
+            decoder_attention_heads=4, decoder_ffn_dim=64)
+T5 = dict(d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+GOOD = {  # class of transformers -> its settings beside SMALL
+    "XLMRobertaModel": {}, "CamembertModel": {}, "BertModel": {}, "MPNetModel": {}, "GteModel": {},
+    "DebertaV2Model": dict(relative_attention=True, position_buckets=16, type_vocab_size=0,
+                           pos_att_type="p2c|c2p", share_att_key=True, norm_rel_ebd="layer_norm",
+                           position_biased_input=False),
+    "ModernBertModel": dict(local_attention=8, global_attn_every_n_layers=2),
+    "EuroBertModel": dict(num_key_value_heads=4),
+    "DistilBertModel": dict(n_layers=2, n_heads=4, hidden_dim=64),
+    "ElectraModel": dict(embedding_size=16), "AlbertModel": dict(embedding_size=16),
+    "RemBertModel": dict(input_embedding_size=16, output_embedding_size=48),
+    "T5EncoderModel": T5, "MT5ForConditionalGeneration": T5, "BartModel": BART, "M2M100Model": BART,
+    "SqueezeBertModel": dict(embedding_size=32),
+}
+BAD = {  # class -> its settings, and what is said
+    "LlamaModel": (dict(num_key_value_heads=4), "does not see the text"),
+    "BertModel": (dict(is_decoder=True), "does not see the text"),
+    "LongformerModel": (dict(attention_window=[4, 4]), "does not see the text"),
+    "MobileBertModel": (dict(embedding_size=16, intra_bottleneck_size=16), "padding"),
+    "ConvBertModel": (dict(embedding_size=32), "padding"),
+    "EsmModel": (dict(mask_token_id=4, token_dropout=True), "unlike the tokens"),
+    "CanineModel": ({}, "cannot load"),
+    "CLIPTextModel": ({}, "cannot be prompted"),
+}
+
+
+
+def tiny_encoder(folder, name, **settings):
+    """A tiny random encoder and the toy's tokenizer in a folder."""
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**{**SMALL, **settings}))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)        # so that differences show
+    model.save_pretrained(folder)
+    xpe.toy_backbone()[1].save_pretrained(folder)
+    return folder
+
+
+def command(capsys, *argv):
+    """(exit code, standard output, standard error) of a command."""
+    capsys.readouterr()
+    code = xpe.main([*map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+def says(capsys, words, *argv):
+    """The command ends with exit code 2 and one line that holds the words, and leaves nothing."""
+    code, _, error = command(capsys, *argv)
+    assert (code, error.count("\n")) == (2, 1) and words in error
+
+
+@pytest.mark.parametrize("pool", ["first", "bos"])
+@pytest.mark.parametrize("length", [6, 0])
+@pytest.mark.parametrize("name", GOOD)
+def test_logits_by_hand_whatever_the_padding(name, length, pool, tmp_path):
+    backbone, tokenizer = xpe.load_backbone(str(tiny_encoder(tmp_path, name, **GOOD[name])))
+    prompt = xpe.SoftPrompt(length, xpe.width(backbone))
+    model = xpe.PromptedClassifier(backbone, prompt, 7, pool).eval()
+    examples = [xpe.Example(text, "a", "xx", 0) for text in LONG_TEXTS]
+    expected = []
+    for text in LONG_TEXTS:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        vectors = torch.cat([prompt.vectors, backbone.get_input_embeddings()(ids)[0]])[None]
+        inputs = dict(inputs_embeds=vectors) if length else dict(input_ids=ids)
+        states = backbone(**inputs).last_hidden_state[:, length if pool == "bos" else 0]
+        expected.append(model.head(states))
+    expected = torch.cat(expected)
+    found = xpe.predict(model, xpe.encode(examples, ["a"], tokenizer))
+    assert (found - expected).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_command_line_and_its_adapter(name, tmp_path, capsys):
+    backbone = tiny_encoder(tmp_path / "encoder", name, **GOOD[name])
+    for kind in ([], ["--dtype", "bf16", "--backbone-dropout", "off"]):
+        out = tmp_path / f"out{len(kind)}"
+        assert xpe.main(["--backbone", str(backbone), *RUN, *kind, "--out", str(out)]) == 0
+        run = next(out.iterdir())
+        config = json.loads((run / "adapter/adapter_config.json").read_text())
+        pefts = name in ("XLMRobertaModel", "CamembertModel")
+        assert config["peft_type"] == ("PROMPT_TUNING" if pefts else "XPE_PROMPT")
+        accuracy = json.loads((run / "result.json").read_text())["accuracy"]["eng_Latn"]
+        loading = ["--load", run / "adapter", *RUN[:6], "--max-length", 32, *kind[:2]]
+        assert f"eng_Latn {accuracy:5.1f}" in command(capsys, *loading)[1]
+
+
+def test_rotary_angles_stay_in_fp32(tmp_path):
+    folder = tiny_encoder(tmp_path, "EuroBertModel", num_key_value_heads=4)
+    backbone, _ = xpe.load_backbone(str(folder), dtype=torch.bfloat16)
+    assert backbone.dtype == torch.bfloat16
+    assert backbone.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_encoder_that_cannot_be_prompted(name, tmp_path, capsys):
+    settings, words = BAD[name]
+    backbone = tiny_encoder(tmp_path / "encoder", name, **settings)
+    says(capsys, words, "--backbone", backbone, *RUN, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def edit(name, **changes):
+    """A change of a JSON file in a folder."""
+    def change(folder):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **changes}))
+    return change
+
+
+def weights(name="{}", keep="", factor=1):
+    """A change of an encoder's weights: their names, which are kept, their values."""
+    def change(folder):
+        path = folder / "model.safetensors"
+        there = load_file(path)
+        tensors = {name.format(key): factor * there[key] for key in there if keep in key}
+        save_file(tensors, path, metadata={"format": "pt"})
+    return change
+
+
+def content(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def hostile(folder):
+    """Code of its one_language, which would leave a file."""
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass C: pass\n")
+    edit("config.json", model_type="evil", auto_map={"AutoConfig": "evil.C"})(folder)
+
+
+def without_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("change, words", [
+    (without_tokenizer, "is not the encoder's: it has"),
+    (weights(name="foreign.{}"), "do not fill the encoder: embeddings.LayerNorm.bias"),
+    (weights(keep="embeddings"), "do not fill the encoder: encoder.layer.0"),
+    (weights(factor=torch.nan), "are not finite"),
+    (edit("tokenizer_config.json", pad_token=None), "padding is None"),
+    (edit("config.json", pad_token_id=None), "cannot be prompted"),
+    (edit("config.json", return_dict=False, chunk_size_feed_forward=4), ""),
+    (edit("config.json", gradient_checkpointing=True), ""),
+    (edit("tokenizer_config.json", model_input_names=["input_ids"]), ""),
+    (content("config.json", b"{garbage"), "not a valid JSON"),
+    (content("model.safetensors", b"version https://git-lfs"), "SafetensorError"),
+    (edit("tokenizer.json", post_processor=None), "no special token"),
+    (hostile, "custom code"),
+])
+def test_broken_encoder(change, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    backbone, out = tiny_encoder(tmp_path / "encoder", "XLMRobertaModel"), tmp_path / "out"
+    change(backbone)
+    pool = "bos" if "special" in words else "first"
+    argv = ["--backbone", backbone, *RUN, "--pool", pool, "--out", out]
+    if not words:
+        assert command(capsys, *argv)[0] == 0
+        return
+    says(capsys, words, *argv)
+    assert not out.exists() and not (backbone / "ran").exists()
+
+
+@pytest.mark.parametrize("name, table", [("BertModel", 128), ("XLMRobertaModel", 130)])
+def test_room_is_used_to_the_last_position(name, table, tmp_path, capsys):
+    backbone = tiny_encoder(tmp_path / "encoder", name, max_position_embeddings=table)
+    argv = ["--backbone", backbone, *RUN, "--out", tmp_path / "out", "--max-length"]
+    says(capsys, "--prompt-length 6 + --max-length 123: more than the 128", *argv, 123)
+    assert command(capsys, *argv, 122)[0] == 0
+
+
+def test_hub_is_asked_once(capsys, tmp_path, monkeypatch):
+    def ask(url):
+        raise ConnectionError(f"no network for {url}")
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    words = "no network for https://huggingface.co/"
+    says(capsys, words + "models/xlmr", "--backbone", "models/xlmr", *RUN, "--out", tmp_path)
+    says(capsys, words + "datasets/my/data", "--data", "my/data", "--out", tmp_path)
+
+
+def toy_adapter(folder, length):
+    """An adapter for the toy's encoder."""
+    backbone, _ = xpe.load_backbone("toy")
+    model = xpe.PromptedClassifier(backbone, xpe.SoftPrompt(length, 64), 7)
+    xpe.save_adapter(model, folder, facts=dict(labels=list(groups.LABELS)))
+
+
+@pytest.mark.parametrize("name, changes, words", [
+    ("ElectraModel", {}, "PEFT's head for electra is not XLM-R's"),         # gelu, the same names
+    ("XLMRobertaModel", dict(num_virtual_tokens="1"), "num_virtual_tokens is '1'"),
+    ("XLMRobertaModel", {}, ""),                   # one virtual token
+    ("ElectraModel", dict(peft_type="XPE_PROMPT"), ""),
+])
+def test_adapter_of_another_encoder(name, changes, words, tmp_path, capsys):
+    toy_adapter(tmp_path / "adapter", 1)
+    edit("adapter_config.json", **changes)(tmp_path / "adapter")
+    backbone = tiny_encoder(tmp_path / "encoder", name, hidden_size=64, embedding_size=64)
+    argv = ["--load", tmp_path / "adapter", "--backbone", backbone, *RUN[:6], "--max-length", 32]
+    if words:
+        says(capsys, words, *argv)
+    else:
+        assert command(capsys, *argv)[0] == 0
+
+
+def test_start_from_an_adapter_with_another_pool(tmp_path, capsys):
+    toy_adapter(tmp_path / "first", 6)
+    argv = ["--toy", *RUN, "--method", "spt", "--init-from", tmp_path / "first", "--out", tmp_path]
+    says(capsys, "--pool first", *argv, "--pool", "bos")
+    assert command(capsys, *argv)[0] == 0
+
+
+# ---------------------------------------------------------------------- Files that a user brings
+
+HEADER = b"index_id\tcategory\ttext\n"
+ROWS = HEADER + b"0\ta\ttopic1 topic2\n1\tb\ttopic11\n"
+LAST = ("topic11", "b")
+
+
+@pytest.fixture
+def one_language(tmp_path):
+    """A data folder with one language, xx, and labels a and b."""
+    for split in ("train", "dev", "test"):
+        path = tmp_path / f"own/xx/{split}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(ROWS)
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize("data, last", [
+    (b"\xef\xbb\xbfcategory\ttext\na\ttopic1 topic2\nb\ttopic11", LAST),
+    (ROWS.replace(b"\n", b"\r\n"), LAST),
+    (ROWS.replace(b"\n", b"\t\n"), LAST),
+    (ROWS + b"\n\n", LAST),
+    (ROWS + b"2\t b \ttopic11", LAST),
+    (ROWS + b'2\ta\the "said" it\n', ('he "said" it', "a")),
+    (ROWS + b'2\ta\t"one\ttwo"\n', ("one\ttwo", "a")),
+    (ROWS + b'2\ta\t"one\ntwo"\n', ("one\ntwo", "a")),
+    (ROWS + b"2\t0\tto\0pic\xe2\x80\xa8 7\n", ("to\0pic\u2028 7", "0")),
+    (ROWS + b"2\ta\t" + b"x" * 200_000, ("x" * 200_000, "a")),
+])
+def test_file_is_read_right(data, last, one_language):
+    (one_language / "xx/train.tsv").write_bytes(data)
+    texts, labels = xpe.load_language(str(one_language), "xx", "train")
+    assert (texts[-1], labels[-1]) == last
+    assert (texts[0], labels[0]) == ("topic1 topic2", "a")
+
+
+@pytest.mark.parametrize("data, words", [
+    (ROWS + b"2\ta\ttopic1\ttopic2\n", "train.tsv:4: more columns than the header has"),
+    (HEADER + b'0\ta\t"one\n1\tb\ttwo"\n', "train.tsv:3: more columns"),   # two rows in one
+    (ROWS + b'2\ta\t"one" two\n', "train.tsv, behind line 3"),
+    (ROWS + b'2\ta\t"one\n3\tb\ttwo\n', "train.tsv, behind line 3"),
+    (ROWS * 900 + b"2\ta\tcaf\xe9\n", "train.tsv:2701: not UTF-8"),
+    (ROWS.decode().encode("utf-16"), "train.tsv:1: not UTF-8"),
+    (ROWS.replace(b"index_id", b"text"), "['text', 'category', 'text']"),
+    (ROWS.replace(b"category", b"Category"), "one must be category"),
+    (b"", "the columns are []"),
+    (HEADER, "no train rows for xx"),
+    (ROWS + b"2\ta\n", "train.tsv:4: empty text"),
+    (ROWS + b"2\t\ttopic1\n", "train.tsv:4: unknown label ''"),
+    (ROWS.replace(b"\tb\t", b"\t0\t"), "dev.tsv:3: unknown label 'b'; known: 0, a"),
+])
+def test_bad_file_is_one_line(data, words, one_language, capsys):
+    (one_language / "xx/train.tsv").write_bytes(data)
+    argv = ["--toy", "--data", one_language, "--source", "xx", "--languages", "xx", "--steps", 1]
+    says(capsys, words, *argv, "--out", one_language / "out")
+    assert not (one_language / "out").exists()
+
+
+def move(source, target):
+    return lambda data: (data / source).rename(data / target)
+
+
+def in_its_place(data):
+    move("xx/train.tsv", "moved")(data)
+    (data / "xx/train.tsv").mkdir()
+
+
+def linked(data):
+    (data / "xx").rename(data.parent / "elsewhere")
+    (data / "xx").symlink_to(data.parent / "elsewhere")
+
+
+def of_csv(data):
+    for path in (data / "xx").iterdir():
+        path.rename(path.with_suffix(".csv"))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda data: shutil.copytree(data / "xx", data / ".ipynb_checkpoints"), ""),
+    (linked, ""),
+    (move("xx/train.tsv", "xx/train.csv"), "train.csv is there: write it with tabs"),
+    (of_csv, "train.csv is there: write train.tsv"),
+    (move("xx/train.tsv", "xx/TRAIN.TSV"), "train.tsv: cannot be read (FileNotFoundError"),
+    (in_its_place, "IsADirectoryError"),
+    (move(".", "../moved"), "no such folder"),
+])
+def test_folder(change, words, one_language, capsys):
+    change(one_language)
+    argv = ["--toy", "--data", one_language, "--source", "xx", "--languages", "all", "--steps", 1]
+    argv += ["--out", one_language.parent / "out"]
+    if words:
+        says(capsys, words, *argv)
+    else:
+        assert command(capsys, *argv)[0] == 0
+        assert xpe.available_codes(str(one_language)) == ["xx"]
+
+
+def data_set(folder, categories, names=()):
+    """A local folder for load_dataset with texts 7, 8, ... and these categories."""
+    folder.mkdir(exist_ok=True)
+    rows = [dict(text=7 + i, category=category) for i, category in enumerate(categories)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    card = "---\nconfigs:\n- config_name: xx\n  data_files:\n  - {split: train, path: rows.jsonl}\n"
+    if names:
+        card += "dataset_info:\n- config_name: xx\n  features:\n  - {name: text, dtype: int64}\n"
+        card += f"  - {{name: category, dtype: {{class_label: {{names: {list(names)}}}}}}}\n"
+    (folder / "README.md").write_text(card + "---\n")
+    return str(folder)
+
+
+def test_typed_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    numbers = data_set(tmp_path / "a", [1, 0])
+    assert xpe.load_language(numbers, "xx", "train") == (["7", "8"], ["1", "0"])
+    data_set(tmp_path / "a", [2, 3, 4])            # the file has changed, its path has not
+    assert xpe.load_language(numbers, "xx", "train")[1] == ["2", "3", "4"]
+    named = data_set(tmp_path / "b", [1, 0], ["sun", "rain"])
+    assert xpe.load_language(named, "xx", "train")[1] == ["rain", "sun"]
+    data_set(tmp_path / "b", [-1], ["sun", "rain"])
+    with pytest.raises(groups.InputError, match="Invalid integer class label -1"):
+        xpe.load_language(named, "xx", "train")
+
+
+def test_output_is_utf8_whatever_the_locale(tmp_path):
+    toy_adapter(tmp_path, 6)
+    command = [sys.executable, xpe.__file__, "--toy", "--load", tmp_path, "--predict", "-"]
+    environment = dict(os.environ, PYTHONIOENCODING="cp1252")
+    text = "თბილისი".encode()
+    done = subprocess.run(command, input=text, capture_output=True, env=environment)
+    assert done.returncode == 0 and text in done.stdout
 
 
 # ----------------------------------------------------------------------------------- The whole grid

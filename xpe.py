@@ -28,6 +28,7 @@ import os
 import random
 import resource
 import sys
+import tempfile
 import time
 import timeit
 from pathlib import Path
@@ -39,6 +40,8 @@ from groups import InputError
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -49,7 +52,8 @@ from tqdm import tqdm
 
 
 # ------------------------------------------------------------------------------------- The prompts
-# Sections 3.1 and 3.2, and the classifier around them.  Needs only `import torch`: copy it alone.
+# Sections 3.1 and 3.2, and the classifier around them.  To copy it alone: `import torch`, `from
+# torch import nn`, `from torch.nn import functional as F`.
 
 SHARES = {"spt": 0.0, "dual": 0.7, "xpe": 1.0, "full": 0.0}       # of the prompt, what is encoded
 POOLS = {  # what the head reads of the states (B, P + T, H) and their mask (B, P + T) -> (B, H)
@@ -63,18 +67,18 @@ def for_batch(prompt, batch_size):
     return prompt if batch_size is None else prompt.repeat(batch_size, 1, 1)
 
 
-class SoftPrompt(torch.nn.Module):
+class SoftPrompt(nn.Module):
     """SPT (4.3): `length` free vectors, init N(0, 1).  forward() -> (P, H), or (B, P, H)."""
 
     def __init__(self, length, hidden):
         super().__init__()
-        self.vectors = torch.nn.Parameter(torch.randn(length, hidden))
+        self.vectors = nn.Parameter(torch.randn(length, hidden))
 
     def forward(self, batch_size=None):
         return for_batch(self.vectors, batch_size)                         # (B, P, H)
 
 
-class CrossPromptEncoder(torch.nn.Module):
+class CrossPromptEncoder(nn.Module):
     """XPE (3.1): a pseudo prompt, each vector of which goes through one small MLP.
 
     forward() -> (P, H), or for a batch (B, P, H).  The pseudo prompt starts as N(0, 1).
@@ -82,15 +86,15 @@ class CrossPromptEncoder(torch.nn.Module):
 
     def __init__(self, length, hidden, mlp_hidden=256, dropout=0.1):
         super().__init__()
-        self.pseudo_prompt = torch.nn.Parameter(torch.randn(length, hidden))
-        self.mlp = torch.nn.Sequential(            # AUTHORS: "two layers" are three Linears
-            torch.nn.Linear(hidden, mlp_hidden),
-            torch.nn.ReLU(),
-            torch.nn.Dropout(dropout),
-            torch.nn.Linear(mlp_hidden, mlp_hidden),
-            torch.nn.ReLU(),
-            torch.nn.Dropout(dropout),
-            torch.nn.Linear(mlp_hidden, hidden),
+        self.pseudo_prompt = nn.Parameter(torch.randn(length, hidden))
+        self.mlp = nn.Sequential(            # AUTHORS: "two layers" are three Linears
+            nn.Linear(hidden, mlp_hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(mlp_hidden, mlp_hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(mlp_hidden, hidden),
         )
 
     def forward(self, batch_size=None):
@@ -99,7 +103,7 @@ class CrossPromptEncoder(torch.nn.Module):
         return for_batch(self.mlp(self.pseudo_prompt), batch_size)         # encoded once
 
 
-class DualPrompt(torch.nn.Module):
+class DualPrompt(nn.Module):
     """DUAL (3.2): standard part first, encoded part second.  forward() -> (P, H), or (B, P, H)."""
 
     def __init__(self, standard, encoded):
@@ -130,24 +134,24 @@ def build_prompt(method, length, hidden, ratio=0.7, **encoder):
     return cross if encoded == length else DualPrompt(SoftPrompt(length - encoded, hidden), cross)
 
 
-class ClassificationHead(torch.nn.Module):
+class ClassificationHead(nn.Module):
     """XLM-R's head: dropout, Linear, tanh, dropout, Linear, (B, H) -> (B, C).  Init N(0, 0.02)."""
 
     def __init__(self, hidden, num_labels, dropout=0.1):
         super().__init__()
-        self.dense = torch.nn.Linear(hidden, hidden)
-        self.out_proj = torch.nn.Linear(hidden, num_labels)
-        self.dropout = torch.nn.Dropout(dropout)
+        self.dense = nn.Linear(hidden, hidden)
+        self.out_proj = nn.Linear(hidden, num_labels)
+        self.dropout = nn.Dropout(dropout)
         for linear in (self.dense, self.out_proj):
-            torch.nn.init.normal_(linear.weight, std=0.02)
-            torch.nn.init.zeros_(linear.bias)
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, x):
         x = torch.tanh(self.dense(self.dropout(x)))                        # (B, H)
         return self.out_proj(self.dropout(x))                              # (B, C)
 
 
-class PromptedClassifier(torch.nn.Module):
+class PromptedClassifier(nn.Module):
     """A frozen backbone that reads [prompt | <s> text </s>], and a head on one of its positions."""
 
     def __init__(self, backbone, prompt, num_labels, pool="first", head_dropout=0.1):
@@ -163,7 +167,7 @@ class PromptedClassifier(torch.nn.Module):
         prompt = self.prompt(len(words)).to(words.dtype)                   # (B, P, H)
         P = prompt.shape[1]
         x = torch.cat([prompt, words], dim=1)                              # (B, P + T, H)
-        mask = torch.nn.functional.pad(attention_mask, (P, 0), value=1)    # (B, P + T)
+        mask = F.pad(attention_mask, (P, 0), value=1)    # (B, P + T)
 
         # The backbone itself adds positions, counted through prompt and text, and its LayerNorm.
         states = self.backbone(inputs_embeds=x, attention_mask=mask).last_hidden_state
@@ -174,7 +178,7 @@ class PromptedClassifier(torch.nn.Module):
         """Keep only the finished prompt (3.1): inference needs no encoder and no pseudo prompt."""
         finished = self.eval().prompt().detach().clone()                   # (P, H)
         self.prompt = SoftPrompt(*finished.shape)
-        self.prompt.vectors = torch.nn.Parameter(finished, requires_grad=False)
+        self.prompt.vectors = nn.Parameter(finished, requires_grad=False)
         return self
 
 
@@ -387,7 +391,7 @@ def evaluation_batches(lengths, prompt_length, positions=4096):
 
 def loss_of(logits, classes):
     """The mean cross-entropy of logits (B, C)."""
-    return torch.nn.functional.cross_entropy(logits, classes)
+    return F.cross_entropy(logits, classes)
 
 
 def predict(model, sentences, title=""):
@@ -464,7 +468,7 @@ def train_step(model, batch, optimizer, clip):
         loss = loss_of(model(ids, mask), classes)
     loss.backward()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(trained, clip)
+    nn.utils.clip_grad_norm_(trained, clip)
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
@@ -643,11 +647,11 @@ class FastOnCPU(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.nn.functional.dropout:
+        if function is F.dropout:
             return fast_dropout(*args, **kwargs)
         if self.dense is not None:
-            dense = function is torch.nn.functional.linear and args[1] is self.dense
-            norm = function is torch.nn.functional.layer_norm and kwargs.get("weight") is self.norm
+            dense = function is F.linear and args[1] is self.dense
+            norm = function is F.layer_norm and kwargs.get("weight") is self.norm
             if dense or norm:
                 args = (args[0][:, :1], *args[1:])             # (B, P + T, H) -> (B, 1, H)
         return function(*args, **kwargs)
@@ -876,7 +880,7 @@ class RunFolder:
                 for example, i in zip(task.test, predicted)]
         header = ("language", "row", "label", "predicted")
         write_file(self.path / "predictions.csv", csv_text(header, rows))
-        if fits_peft(model):
+        if config["method"] != "full" and model.pool == "first":
             save_adapter(model, self.path / "adapter", config["backbone"], dict(
                 method=config["method"], xpe_ratio=config["xpe_ratio"], labels=task.labels,
                 languages=sorted({example.code for example in task.train}),
@@ -886,7 +890,7 @@ class RunFolder:
         write_file(self.path / "result.json", json.dumps(result, indent=1))
 
     def tidy(self):
-        """Remove the checkpoint of fine-tuning: 4.5 GB with XLM-R large, and nothing starts from it."""
+        """Remove what nothing starts from: the 4.5 GB of XLM-R large that was fine-tuned."""
         if self.made_from["config"]["method"] == "full":
             (self.path / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -907,6 +911,8 @@ def read_checkpoint(path):
 HEAD = "base_model.classifier."                    # PEFT's name for the head; its Linears follow
 ENCODER = "prompt_encoder."                        # the authors' name for what makes the prompt
 MLP = ENCODER + "xpe_head."                        # theirs for the MLP; places in it follow
+SAME_HEAD = ("camembert", "roberta", "xlm-roberta")                # where PEFT's head is this one
+OURS = "XPE_PROMPT"                                # peft_type elsewhere, which PEFT refuses
 
 
 class Adapter(NamedTuple):
@@ -919,16 +925,11 @@ class Adapter(NamedTuple):
     length: int                   # P
 
 
-def fits_peft(model):
-    """Can a model be an adapter?  PEFT's head is XLM-R's, reads position 0, and needs a prompt."""
-    like = model.backbone.config.model_type in LIKE_XLM_R
-    return like and model.pool == "first" and len(model.prompt()) > 0
-
-
 def save_adapter(model, folder, base="", facts=None):
-    """Write prompt (P, H) and head as a PEFT PROMPT_TUNING adapter for the backbone `base`.
+    """Write prompt (P, H) and head as an adapter for the backbone `base`; `facts` go into xpe.json.
 
-    `facts` go into xpe.json.  Raises InputError for pool "bos": PEFT's head reads position 0.
+    It is PEFT's PROMPT_TUNING where PEFT's head is XLM-R's too; else of a type that PEFT refuses.
+    Raises InputError unless the head reads position 0, as PEFT's does.
     """
     from safetensors.torch import save
     if model.pool != "first":
@@ -944,7 +945,7 @@ def save_adapter(model, folder, base="", facts=None):
         task_type="SEQ_CLS",                       # without it PEFT takes a random head, in silence
         base_model_name_or_path=base,
         num_virtual_tokens=len(tensors["prompt_embeddings"]),
-        token_dim=backbone.hidden_size,
+        token_dim=tensors["prompt_embeddings"].shape[1],
         num_transformer_submodules=1,
         num_attention_heads=backbone.num_attention_heads,
         num_layers=backbone.num_hidden_layers,
@@ -952,6 +953,8 @@ def save_adapter(model, folder, base="", facts=None):
         prompt_tuning_init="RANDOM",
         inference_mode=True,
     )
+    if backbone.model_type not in SAME_HEAD:
+        config["peft_type"] = OURS
     folder = Path(folder)
     write_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_file(folder / "adapter_config.json", json.dumps(config, indent=1))
@@ -967,9 +970,9 @@ def read_adapter(folder):
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         facts = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
         labels = facts.get("labels", [])
-        if type(labels) is not list or len(set(map(str, labels))) < len(labels):
+        if type(labels) is not list or len({x for x in labels if type(x) is str}) < len(labels):
             raise TypeError(f"labels are {labels}, which are no distinct names")
-        if config["peft_type"] not in ("PROMPT_TUNING", "P_TUNING", "XPE"):
+        if config["peft_type"] not in ("PROMPT_TUNING", "P_TUNING", "XPE", OURS):
             raise TypeError(f"an adapter of type {config['peft_type']} holds no soft prompt")
         if safe.exists():
             tensors = load(safe.read_bytes())
@@ -1008,7 +1011,9 @@ def load_adapter(folder, backbone):
     """A PromptedClassifier from our folder, PEFT's PROMPT_TUNING or P_TUNING, or the authors' own,
     whose prompt still has its encoder.  Raises InputError that names a tensor and both shapes."""
     adapter = read_adapter(folder)
-    hidden = backbone.get_input_embeddings().embedding_dim
+    hidden = backbone.get_input_embeddings().weight.shape[1]
+    if adapter.config["peft_type"] != OURS and backbone.config.model_type not in SAME_HEAD:
+        raise InputError(f"{folder}: PEFT's head for {backbone.config.model_type} is not XLM-R's")
 
     def rows(name):
         tensor = adapter.tensors.get(name)
@@ -1111,83 +1116,108 @@ def load_backbone(name, device="cpu", dtype=torch.float32):
     Raises InputError, also for files that do not fill the encoder, which would leave a part of it
     random, and for a tokenizer that is not the encoder's.
     """
-    if name == "toy":
-        backbone, tokenizer = toy_backbone()
-        missing = set()
-    else:
-        with as_input_error(f"cannot load the backbone {name!r}",
-                            "; give a folder, --backbone DIR, or --toy"):
-            backbone, tokenizer, missing = load_pretrained(name, device, dtype)
-    if missing:
-        raise InputError(f"the files of {name} do not fill the encoder: {', '.join(missing)} lack")
-    words, rows = len(tokenizer), backbone.get_input_embeddings().num_embeddings
+    with as_input_error(f"cannot load the backbone {name!r}", "; give a folder, --backbone DIR, or "
+                        "--toy"):
+        if name == "toy":
+            backbone, tokenizer = toy_backbone()
+            set_precision(backbone, dtype)
+            lacking = []
+        else:
+            backbone, tokenizer, lacking = load_pretrained(name, device, dtype)
+        words, rows = len(tokenizer), len(backbone.get_input_embeddings().weight)
+    lacking += [key for key, p in backbone.named_parameters() if not p.sum().isfinite()]
+    if lacking:
+        raise InputError(f"the files of {name} do not fill the encoder: {', '.join(lacking[:3])} "
+                         "lack or are not finite")
     if not rows / 2 <= words <= rows or tokenizer.pad_token_id is None:
         raise InputError(f"the tokenizer of {name} is not the encoder's: it has {words} tokens, "
                          f"the encoder {rows}, and padding is {tokenizer.pad_token}")
-    return backbone.to(device, dtype).requires_grad_(False), tokenizer
+    return backbone.to(device).requires_grad_(False), tokenizer
+
+
+def ask_hub_once(name, file, kind="model"):
+    """Raise where neither disk nor hub has a file: the libraries would ask for half a minute."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    here = Path(name).exists() or try_to_load_from_cache(name, file, repo_type=kind)
+    if not here and not constants.HF_HUB_OFFLINE:
+        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind))
 
 
 def load_pretrained(name, device, dtype):
     """(backbone without pooler, tokenizer, names of the weights that its files lack)."""
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, logging
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
+    ask_hub_once(name, "config.json")
     logging.set_verbosity_error()                  # "unused classifier weights": by intention
     logging.disable_progress_bar()
     safe = dict(trust_remote_code=False)           # a foreign adapter may name any backbone
     config = AutoConfig.from_pretrained(name, return_dict=True, **safe)
     config.chunk_size_feed_forward = 0             # the same numbers, for texts of every length
-    auto = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+    config.gradient_checkpointing = False          # it would go backward without FastOnCPU
     if torch.device(device).type == "cpu" and dtype == torch.bfloat16:
         safe["attn_implementation"] = "eager"      # there alone the fused one's gradient is slow
-    backbone, report = auto.from_pretrained(name, config=config, dtype=dtype,
-                                            output_loading_info=True, **safe)
-    if getattr(backbone, "pooler", None):
-        backbone.pooler = None                     # nobody reads it
+    backbone, report = AutoModel.from_pretrained(name, config=config, dtype=dtype,
+                                                 output_loading_info=True, **safe)
+    if hasattr(backbone, "decoder"):               # of T5 and BART: the other half
+        backbone = backbone.get_encoder()
+    if hasattr(backbone, "pooler"):
+        backbone.pooler = nn.Identity()      # nobody reads it
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", trust_remote_code=False)
-    missing = {key for key in report["missing_keys"] if "pooler" not in key}
-    return backbone, tokenizer, sorted(missing)[:3]
+    unread = ("pooler", "decoder")
+    lacking = [key for key in report["missing_keys"] if key.split(".")[0] not in unread]
+    return backbone, tokenizer, sorted(lacking)
 
 
 @torch.no_grad()
-def check_model(model, name):
-    """Try a model on a few tokens.  Raises InputError unless the position that is read sees the
-    text, no padding changes it, and tokens and their vectors give the same."""
+def check_model(model, cfg):
+    """Try a model on texts of the full length.  Raises InputError unless the position that is read
+    sees their end, no padding changes it, and tokens and their vectors give the same; in fp32,
+    since bf16 is too coarse to tell."""
     model.eval()
-    device = next(model.parameters()).device
-    ids = torch.arange(10, 18, device=device)[None]                        # (1, 8)
-    other = ids + (ids == 16)                      # another word near the end
-    padded = torch.nn.functional.pad(ids, (0, 4), value=model.backbone.config.pad_token_id or 0)
-    mask = torch.ones_like(ids)
-    with as_input_error(f"--backbone {name} cannot be prompted"):
-        plain = model(ids, mask)
-        blind = torch.equal(plain, model(other, mask))
-        behind_padding = model(padded, torch.nn.functional.pad(mask, (0, 4)))
+    dtype = model.backbone.dtype
+    set_precision(model.backbone, torch.float32)
+    half = cfg.max_length // 2
+    places = torch.arange(cfg.max_length, device=cfg.device)[None]         # (1, T)
+    ids, mask, front = 10 + places % 8, torch.ones_like(places), (places < half).long()
+    other = ids + 1 - front                        # other words in the second half
+    with as_input_error(f"--backbone {cfg.backbone} cannot be prompted"):
+        blind = torch.equal(model(ids, mask), model(other, mask))
+        short = model(ids[:, :half], mask[:, :half])
+        padded = model(ids, front)                 # whatever is behind the text
         vectors = model.backbone.get_input_embeddings()(ids)
         by_ids = model.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
         by_vectors = model.backbone(inputs_embeds=vectors, attention_mask=mask).last_hidden_state
+        set_precision(model.backbone, dtype)
+        model(ids, mask)
     if blind:
-        raise InputError(f"--backbone {name}: the position that the head reads does not see the "
-                         "text behind it, as in a decoder; an encoder is needed")
-    if not alike(plain, behind_padding):
-        raise InputError(f"--backbone {name}: its results depend on padding")
+        raise InputError(f"--backbone {cfg.backbone}: the position that the head reads does not "
+                         "see the text behind it, as in a decoder; an encoder is needed")
+    if not alike(short, padded):
+        raise InputError(f"--backbone {cfg.backbone}: its results depend on padding")
     if not alike(by_ids, by_vectors):
-        raise InputError(f"--backbone {name}: it treats vectors unlike the tokens that they are of")
+        raise InputError(f"--backbone {cfg.backbone}: it treats vectors unlike the tokens that "
+                         "they are of")
 
 
 def alike(a, b):
-    """Are two results equal to what their precision allows?"""
-    tolerance = 0.1 if torch.finfo(a.dtype).bits == 16 else 1e-3
-    return bool((a - b).abs().max() <= tolerance * a.abs().max())
+    """Are two results equal to what fp32 allows?"""
+    return bool((a - b).abs().max() <= 1e-4 * a.abs().max())
+
+
+def set_precision(module, dtype):
+    """Change its parameters alone: numbers such as the angles of rotary positions stay in fp32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def width(backbone):
     """Size of the vectors that a backbone takes as its input, H with XLM-R."""
-    return backbone.get_input_embeddings().embedding_dim
+    return backbone.get_input_embeddings().weight.shape[1]
 
 
 def count_positions(backbone):
     """How many positions prompt and text may take, infinite where they are not numbered."""
     for name, module in backbone.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+        if "position" in name and isinstance(module, nn.Embedding):
             before = 0 if module.padding_idx is None else module.padding_idx + 1       # XLM-R: 2
             return module.num_embeddings - before
     return math.inf
@@ -1203,7 +1233,10 @@ def available_codes(data):
     if Path(data).is_dir():
         from datasets import get_dataset_config_names
         with as_input_error(f"--data {data}: neither <code>/train.tsv nor a data set in it"):
-            return sorted(get_dataset_config_names(data))
+            names = sorted(get_dataset_config_names(data))
+        if names == ["default"] and any(Path(data).glob("[!.]*/train.csv")):
+            raise InputError(f"--data {data}: train.csv is there: write train.tsv, with tabs")
+        return names
     if data.startswith((".", "/", "~")):
         raise InputError(f"--data {data}: no such folder")
     return list(groups.LANGUAGES)                  # the hub's SIB-200
@@ -1222,23 +1255,28 @@ def read_tsv(path):
     csv.field_size_limit(2**30)
     rows, line = [], 1
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:         # with or without a mark
-            reader = csv.DictReader(file, delimiter="\t", strict=True)
-            for row in reader:
-                line = reader.line_num
-                if None in row:
-                    raise InputError(f"{path}:{line}: more columns than the header has; put a text "
-                                     "that holds a tab in quotes")
-                rows.append((f"{path}:{line}", row["text"], row["category"]))
-    except (csv.Error, UnicodeError) as error:
-        raise InputError(f"{path}, behind line {line}: {describe(error)}; write UTF-8, put a text "
-                         "that begins with a quote in quotes, and double those inside") from None
-    except KeyError as error:
-        raise InputError(f"{path}: no column {error}; category and text are needed") from None
-    except FileNotFoundError:
+        content = path.read_bytes().decode("utf-8-sig")                    # with or without a mark
+        reader = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t", strict=True)
+        columns = reader.fieldnames or []
+        if columns.count("category") != 1 or columns.count("text") != 1:
+            raise InputError(f"{path}:1: the columns are {columns}; one must be category, one text")
+        for row in reader:
+            line = reader.line_num
+            read = f"{row['category']} {row['text']}"
+            if None in row or "\t" in read and "\n" in read:              # a quote swallowed rows
+                raise InputError(f"{path}:{line}: more columns than the header has; put a text "
+                                 "that holds a tab, or begins with a quote, in quotes")
+            rows.append((f"{path}:{line}", row["text"], row["category"]))
+    except UnicodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: not UTF-8 ({describe(error)})") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, behind line {line}: {describe(error)}; put a text that begins "
+                         "with a quote in quotes, and double those inside") from None
+    except OSError as error:
         other = path.with_suffix(".csv")
         hint = f"; {other.name} is there: write it with tabs" if other.exists() else ""
-        raise InputError(f"{path}: no such file{hint}") from None
+        raise InputError(f"{path}: cannot be read ({describe(error)}){hint}") from None
     return rows
 
 
@@ -1250,13 +1288,16 @@ def read_rows(data, code, split):
     if any(Path(data).glob("[!.]*/*.tsv")):
         return read_tsv(path)
     remedy = "; offline, give a local folder with --data DIR, or --toy"
-    with as_input_error(f"cannot read {code}, {split}, of {data}", remedy):
+    problem = f"cannot read {code}, {split}, of {data}"
+    with as_input_error(problem, remedy), tempfile.TemporaryDirectory() as fresh:
         import datasets
         datasets.disable_progress_bars()
-        table = datasets.load_dataset(data, code, split={"dev": "validation"}.get(split, split))
-        names = getattr(table.features["category"], "names", None)         # of a ClassLabel
-        return [(f"{path} row {i}", row["text"],
-                 names[row["category"]] if names else row["category"])
+        ask_hub_once(data, "README.md", "dataset")
+        cache = fresh if Path(data).exists() else None     # theirs does not see that a file changed
+        table = datasets.load_dataset(data, code, split={"dev": "validation"}.get(split, split),
+                                      cache_dir=cache)
+        name_of = getattr(table.features["category"], "int2str", lambda label: label)
+        return [(f"{path} row {i}", row["text"], name_of(row["category"]))
                 for i, row in enumerate(table)]
 
 
@@ -1268,6 +1309,7 @@ def load_language(data, code, split, labels=None):
     texts, found = [], []
     for place, text, label in read_rows(data, code, split):
         text, label = ("" if value is None else str(value) for value in (text, label))
+        label = label.strip()
         if not text.strip():
             raise InputError(f"{place}: empty text")
         if not label or labels and label not in labels:
@@ -1338,8 +1380,8 @@ def backbone_of(cfg):
     if cfg.prompt_length + cfg.max_length > room:
         raise InputError(f"--prompt-length {cfg.prompt_length} + --max-length {cfg.max_length}: "
                          f"more than the {room} positions of {cfg.backbone}")
-    first = tokenizer("a")["input_ids"][0]
-    if cfg.pool == "bos" and first not in tokenizer.all_special_ids:
+    whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
+    if cfg.pool == "bos" and whole[:1] == bare[:1]:
         raise InputError(f"--pool bos: texts begin with no special token in {cfg.backbone}")
     return backbone, tokenizer
 
@@ -1352,7 +1394,7 @@ def build_model(cfg, labels):
                           mlp_hidden=cfg.mlp_hidden, dropout=cfg.dropout)
     model = PromptedClassifier(backbone, prompt, len(labels), cfg.pool, cfg.head_dropout)
     model.to(cfg.device)
-    check_model(model, cfg.backbone)
+    check_model(model, cfg)
     backbone.requires_grad_(cfg.method == "full")
     if cfg.init_from:
         start_from(cfg.init_from, model, labels, cfg)
@@ -1365,16 +1407,18 @@ def start_from(folder, model, labels, cfg):
     with as_input_error(f"--init-from {folder}: does not fit",
                         "; a run must be finished, --method and length the same; a finished prompt "
                         "has no encoder and goes on as --method spt"):
-        if not (folder / "adapter_config.json").exists():
-            theirs = json.loads((folder / "result.json").read_text(encoding="utf-8"))["labels"]
-            checkpoint = read_checkpoint(folder / "checkpoint.pt")
-            tensors, config = checkpoint["progress"]["best"], checkpoint["config"]
-            if config["pool"] != cfg.pool or cfg.target and config["source"] != cfg.source:
-                raise InputError(f"--init-from {folder}: it was trained with --source "
-                                 f"{config['source']} --pool {config['pool']}")
-        else:
+        if (folder / "adapter_config.json").exists():
             tensors = trainable(load_adapter(folder, model.backbone))
             theirs = class_names(folder, cfg.labels)
+            pool, source = "first", cfg.source
+        else:
+            tensors = read_checkpoint(folder / "checkpoint.pt")["progress"]["best"]
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            theirs, pool, source = (result["labels"], result["config"]["pool"],
+                                    result["config"]["source"])
+        if pool != cfg.pool or cfg.target and source != cfg.source:
+            raise InputError(f"--init-from {folder}: it was trained with --source {source} "
+                             f"--pool {pool}")
         if set(theirs) != set(labels):
             raise InputError(f"--init-from {folder}: its labels are {', '.join(theirs)}, not "
                              f"{', '.join(labels)}")
@@ -1493,7 +1537,7 @@ def use_adapter(cfg):
                               prompt_length=max(1, adapter.length))
     backbone, tokenizer = backbone_of(cfg)
     model = load_adapter(cfg.load, backbone).cache_prompt()
-    check_model(model, cfg.backbone)
+    check_model(model, cfg)
     labels = class_names(cfg.load, cfg.labels)
 
     def encoded(examples):
@@ -1558,14 +1602,14 @@ def benchmark(cfg):
         return predict(model, sentences)
 
     works = (products, training, evaluation)
-    operations = np.array([count_operations(work) for work in works])
-    seconds = np.array([[time_of(work) for work in works] for _ in range(6)][1:])      # (5, 3)
-    rates = operations / seconds / 1e9                                                 # (5, 3)
-    shares = rates / rates[:, :1]                                                      # (5, 3)
+    rounds = np.array([[time_of(work) for work in works] for _ in range(6)])           # (6, 3)
+    rates = [count_operations(work) for work in works] / rounds[1:] / 1e9              # (5, 3)
+    shares = rates / rates[:, :1]
+    medians = np.median([rounds[1:], rates, shares], axis=1)                           # (3, 3)
     print(f"a batch of {size:<5} {'ms':>8} {'sentences/s':>11} {'GFLOP/s':>8} share")
-    for i, work in enumerate(works):
-        s, rate, share = (np.median(table[:, i]) for table in (seconds, rates, shares))
-        print(f"{work.__name__:<16} {1000 * s:8.1f} {size / s:11.1f} {rate:8.0f} {share:5.0%}")
+    for work, (seconds, rate, share) in zip(works, medians.T):
+        print(f"{work.__name__:<16} {1000 * seconds:8.1f} {size / seconds:11.1f} {rate:8.0f} "
+              f"{share:5.0%}")
     print(f"peak memory {peak_memory(cfg.device) / 2**30:.2f} GiB; {cfg.dtype}, {cfg.device}")
 
 
