@@ -979,6 +979,8 @@ def main(argv=None):
 # seconds.  To whoever imports either as a library, nothing happens.
 if Path(*getattr(sys, "argv", [])[:1]).name == "xpe.py":
     as_program("xpe.py")
+    if os.isatty(2):
+        print("xpe.py: loading torch", file=sys.stderr)
 elif __name__ == "__main__":
     as_program("groups.py")
     sys.exit(main())

@@ -23,8 +23,8 @@
 # --lr says, and fp32 whatever --dtype says, so with a small STEPS its rows mean little.
 # A run with XLM-R large leaves 13 to 18 MB (7 GB in all); fine-tuning needs 9 GB until it is done.
 #
-# On SLURM, one array a table, a run per task, submitted from this folder with what is to be set
-# (SEEDS, OUT, ...) exported:
+# On SLURM, one array a table, a run per task, submitted from this folder with Python's environment
+# active and what is to be set (SEEDS, OUT, ...) exported:
 #
 #   size() { bash run_all.sh --list "$1" | wc -l; }
 #   first=$(sbatch --parsable --gres=gpu:1 --array=1-$(size table1) run_all.sh table1)
@@ -33,9 +33,10 @@
 #          --kill-on-invalid-dep=yes run_all.sh table3
 #   python groups.py runs                          # afterwards: print the tables
 #
-# Where one run of table1 fails, table3 is cancelled as a whole: submit both again, and what is
-# finished costs seconds.  A task that was stopped by its time limit, scancel or a requeue goes on
-# where its last epoch ended, when it is submitted again.
+# Where one run of table1 fails, or is stopped, table3 is cancelled as a whole: submit both again,
+# and what is finished costs seconds.  A task that its time limit or scancel stopped goes on where
+# its last epoch ended when it is submitted again, one that was requeued by itself.  What a task
+# printed is in slurm-*.out, from a requeue on only with --open-mode=append.
 set -euo pipefail
 
 say() { echo "run_all.sh: $*" >&2; }

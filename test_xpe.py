@@ -9,19 +9,26 @@ killed and gone on with, to the last bit; operations with torch's own counts; gr
 paper's numbers.
 """
 import ast
+import contextlib
 import csv
 import dataclasses
 import errno
+import fcntl
 import functools
+import io
 import json
 import math
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1807,7 +1814,8 @@ def test_every_documented_command_parses(where, fence, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------ Trust
 
-ODD_RESULTS = """5 | [1] | null | [] | {} | "text" | {"config": {}} | {"config": 5, "accuracy": {}} |
+ODD_RESULTS = """5 | [1] | null | [] | {} | "text" | {"config": {}} |
+{"config": 5, "accuracy": {}} |
 {"config": {"method": "spt", "source": "x", "seed": 0, "xpe_ratio": 0}, "accuracy": {"x": "y"}} |
 {"config": {"method": "spt", "source": "x", "seed": 0, "xpe_ratio": 0}, "accuracy": {"x": NaN}} |
 {"config": {"method": "spt", "source": "x", "seed": 0, "xpe_ratio": 0}, "accuracy": {"x": 5}}"""
@@ -1824,7 +1832,8 @@ def test_result_of_another_shape_is_refused(text, whole, tmp_path, capsys):
 
 
 ODD_CHECKPOINTS = [
-    5, [1], {"config": 5}, {"digests": []}, {"progress": {}}, {"progress": 5}, {"progress": {"a": 1}},
+    5, [1], {"config": 5}, {"digests": []}, {"progress": {}}, {"progress": 5},
+    {"progress": {"a": 1}},
     {"progress": {"step": 5, "seconds": 1.0, "curve": 5, "best": {}}}, {"model": {}}, {"rng": 5},
     {"rng": torch.zeros(3)}, {"cuda_rng": 5}, {"optimizer": {}}, {"optimizer": {"state": 5}},
 ]
@@ -1915,8 +1924,8 @@ def test_tiny_file_that_asks_for_much_memory_is_refused(tmp_path, capsys):
 
 
 def test_endless_input_gets_answers(runs, tiny):
-    argv = [sys.executable, HERE / "xpe.py", "--toy", "--backbone", tiny, "--predict", "-", "--load"]
-    command = " ".join(map(str, [*argv, runs["xpe"] / "adapter"]))
+    argv = [sys.executable, HERE / "xpe.py", "--toy", "--backbone", tiny, "--predict", "-"]
+    command = " ".join(map(str, [*argv, "--load", runs["xpe"] / "adapter"]))
     shown = subprocess.run(["bash", "-c", f"yes topic1 | {command} | head -n 2"], text=True,
                            capture_output=True, timeout=300)
     assert shown.stdout.count("topic1") == 2
@@ -1962,7 +1971,6 @@ BAD = {  # class -> its settings, and what is said
     "CanineModel": ({}, "cannot load"),
     "CLIPTextModel": ({}, "cannot be prompted"),
 }
-
 
 
 def tiny_encoder(folder, name, **settings):
@@ -2280,6 +2288,167 @@ def test_output_is_utf8_whatever_the_locale(tmp_path):
     text = "თბილისი".encode()
     done = subprocess.run(command, input=text, capture_output=True, env=environment)
     assert done.returncode == 0 and text in done.stdout
+
+
+# ----------------------------------------------------------------------------------------- The bars
+LONG = "--toy --source eng_Latn --steps 100000 --out runs".split()
+STOPPED = "xpe.py: stopped by {}; an unfinished run goes on with the same command\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        return 2
+
+
+def on_terminal(monkeypatch):
+    """Put a terminal of 80 columns in the place of standard error; -> it."""
+    monkeypatch.setattr(os, "get_terminal_size", lambda file: os.terminal_size((80, 24)))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    return sys.stderr
+
+
+def test_one_bar_runs_over_all_epochs_of_a_resumed_run(monkeypatch, capsys):
+    terminal = on_terminal(monkeypatch)
+    row = dict(epoch=1, step=7000, loss=1.5, dev_loss=1.5, lr=1e-3, majority=25.0)
+    progress = xpe.Progress(7000, 60 * 3600, [dict(row, dev_accuracy=61.0)])
+    log = xpe.Log(xpe.Config(toy=True, steps=24_000), progress, 1.0)
+    log.bar.mininterval = 0  # drawn at each step, not each second
+    log.bar.start_t -= 3600  # as if it had begun an hour ago
+    for accuracy in (50.0, 99.0):
+        for _ in range(5):
+            log.step(torch.tensor(1.5), 1e-3)
+        progress.curve.append(dict(row, dev_accuracy=accuracy))
+        log.epoch(progress, 7)
+
+    shown = re.split(r"[\r\n]", terminal.getvalue())
+    assert max(map(len, shown)) <= 80
+    bars = re.findall(r"step (\d+)/24000 \|.*\| (\d+):.* dev (.*)", "\n".join(shown))
+    steps = [int(step) for step, _, _ in bars]
+    assert steps == sorted(steps)
+    assert set(steps) == set(range(7001, 7011))
+    for step, hours, dev in bars:
+        assert hours == "1"  # never from 0 again
+        assert dev == ("61.0%" if int(step) <= 7005 else "50.0%") or int(step) == 7006
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert {len(line) for line in (header, *rows)} == {79}
+
+
+@pytest.mark.parametrize("codes, title", [
+    (["fra_Latn", "kab_Latn"], "dev: 2 languages |"), (["kab_Latn"], "dev: 1 language |")])
+def test_bar_of_an_evaluation_is_named_and_counts_tokens(codes, title, monkeypatch):
+    examples = xpe.load_examples("toy", codes, "dev")
+    sentences = xpe.encode(examples, groups.LABELS, xpe.load_backbone("toy")[1])
+    on_terminal(monkeypatch)
+    assert xpe.progress_bar("", 9).disable  # it has no title
+    made = []
+    kept = xpe.progress_bar
+    monkeypatch.setattr(xpe, "progress_bar", lambda *said: made.append(kept(*said)) or made[0])
+    xpe.evaluate(model_of(), sentences, "dev")
+    assert made[0].bar_format.startswith(title)
+    assert made[0].n == made[0].total == sum(sentences.lengths) + 6 * len(examples)
+
+
+def test_help_fits_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        xpe.parse(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line[:-1] for line in lines if line[:-1] in xpe.HELP_GROUPS.values()] == [
+        *xpe.HELP_GROUPS.values()]
+    assert "  --steps 24000         optimization steps (4.4)" in lines
+
+
+# -------------------------------------------------------------------------------------- The signals
+def start(folder, *command, **settings):
+    """A process whose output is piped; `python` is this one."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = os.environ | settings | dict(PATH=path, PYTHONUNBUFFERED="")
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=pipe, stderr=pipe)
+
+
+def read_until(stream, pattern):
+    """Read lines up to one that matches, which arrives while the process is at work."""
+    assert any(re.match(pattern, line) for line in stream)
+
+
+def test_slurm_task_is_stopped_with_one_line_and_goes_on_when_requeued(tmp_path):
+    grid = ["bash", str(HERE / "run_all.sh"), "--toy", "table1"]
+    task = dict(SLURM_ARRAY_TASK_ID="1", STEPS="100000", SEEDS="0")
+    process = start(tmp_path, *grid, **task)
+    read_until(process.stdout, " +2 ")  # the row of the second epoch
+    process.terminate()
+    error = process.communicate(timeout=60)[1]
+    assert error == STOPPED.format("SIGTERM")
+    assert process.returncode == 143
+
+    process = start(tmp_path, *grid, **task)
+    read_until(process.stdout, "going on from step")
+    process.kill()
+    process.communicate()
+
+
+def test_ctrl_c_answers_while_a_file_is_written(tmp_path):
+    script = """
+import os, sys, time
+sys.argv[0] = "xpe.py"
+import xpe
+os.fsync = lambda file: print("writing") or time.sleep(60)
+xpe.main(sys.argv[1:])"""
+    process = start(tmp_path, "python", "-c", script, *LONG, PYTHONPATH=str(HERE))
+    read_until(process.stdout, "writing")
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=50)[1]
+    assert error == STOPPED.format("SIGINT")
+    assert not list(tmp_path.glob("runs/*/checkpoint.pt"))  # never half of one
+
+
+def at_terminal(folder, argv, moment):
+    """A run at a terminal, Ctrl-C once it shows `moment`; -> (exit code, all that it showed)."""
+    keyboard, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    process = subprocess.Popen([sys.executable, str(HERE / "xpe.py"), *argv], cwd=folder,
+                               stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = ""
+    with contextlib.suppress(OSError):  # when the other end is closed
+        while select.select([keyboard], [], [], 60)[0]:
+            shown += os.read(keyboard, 65536).decode(errors="replace")
+            if moment in shown:
+                process.send_signal(signal.SIGINT)
+    process.kill()
+    os.close(keyboard)
+    return process.wait(), shown
+
+
+@pytest.mark.parametrize("moment", [
+    "loading torch", "reading the", "step 0/", "dev: 1 language ", "test: 205 languages "])
+def test_ctrl_c_answers_everywhere_with_one_line(moment, tmp_path):
+    argv = [*LONG, "--prompt-length", "90"]  # long enough a test
+    if "test" in moment:
+        argv += ["--steps", "5"]
+    code, shown = at_terminal(tmp_path, argv, moment)
+    assert code == 130
+    last = shown.split("\r\x1b[K")[-1]  # what follows the clearing of the line
+    assert last.split() == STOPPED.format("SIGINT").split()
+
+
+# ------------------------------------------------------------------------------ What is finished
+def test_finished_run_is_known_without_its_encoder(tmp_path, monkeypatch):
+    argv = ["--toy", *SHORT.split(), "5", "--target", "kab_Latn", "--target-steps", "3"]
+    argv += ["--out", str(tmp_path)]
+    cfg = xpe.parse(argv)
+    assert not xpe.finished(cfg)
+    assert xpe.main(argv) == 0
+    monkeypatch.delattr(xpe, "build_model")
+    assert xpe.finished(cfg)
+    assert xpe.finished(xpe.parse([*argv, "--target", ""]))
+    assert not xpe.finished(xpe.parse([*argv, "--target", "kab_Latn,swh_Latn"]))
+    assert not xpe.finished(xpe.parse([*argv, "--clip", "2"]))
 
 
 # ----------------------------------------------------------------------------------- The whole grid

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Cross-Prompt Encoder (XPE): soft prompts for languages that a frozen encoder hardly knows.
+"""Cross-Prompt Encoder (XPE): soft prompts for languages an encoder hardly knows.
 
-A minimal, pure-PyTorch, single-file reference implementation of "Cross-Prompt Encoder for
-Low-Performing Languages" (Mikaberidze, Saghinadze, Ostermann, Müller; Findings of IJCNLP-AACL
-2025).  A few trained vectors stand in front of a frozen XLM-R, which then classifies topics
-(SIB-200) in languages that it was never trained on:
+A minimal, pure-PyTorch, single-file reference implementation of "Cross-Prompt
+Encoder for Low-Performing Languages" (Mikaberidze, Saghinadze, Ostermann,
+Müller; Findings of IJCNLP-AACL 2025).  A few trained vectors stand in front of
+a frozen XLM-R, which then classifies topics (SIB-200) in languages that it was
+never trained on:
 
-    python xpe.py --toy                                  # offline, synthetic languages
-    python xpe.py --method dual --xpe-ratio 0.7          # the paper's setting (Table 1)
-    python xpe.py --backbone DIR --data DIR              # a local encoder, local files
+    python xpe.py --toy                           # offline, synthetic languages
+    python xpe.py --method dual --xpe-ratio 0.7   # the paper's Table 1
+    python xpe.py --backbone DIR --data DIR       # a local encoder, local files
 
-Part I is the method, from the prompt to one whole run; Part II makes it fast, safe and handy.
-Letters: B batch, T text length, P prompt length (the paper's n), H hidden size (d), C classes.
-Numbers in brackets are the paper's sections.  Where the paper is silent or differs stands
-`PAPER section:` or `AUTHORS:` (their released program).
+Part I is the method, from the prompt to one whole run; Part II makes it fast,
+safe and handy.  Letters: B batch, T text length, P prompt length (the paper's
+n), H hidden size (d), C classes.  Numbers in brackets are the paper's sections.
+Where the paper is silent or differs stands `PAPER section:` or `AUTHORS:`
+(their released program).
 """
 import argparse
 import contextlib
@@ -64,7 +66,7 @@ POOLS = {  # what the head reads of the states (B, P + T, H) and their mask (B, 
 
 def for_batch(prompt, batch_size):
     """A prompt (P, H) as it is, or once for each example of a batch (B, P, H)."""
-    return prompt if batch_size is None else prompt.repeat(batch_size, 1, 1)
+    return prompt if batch_size is None else prompt.expand(batch_size, -1, -1)
 
 
 class SoftPrompt(nn.Module):
@@ -75,7 +77,8 @@ class SoftPrompt(nn.Module):
         self.vectors = nn.Parameter(torch.randn(length, hidden))
 
     def forward(self, batch_size=None):
-        return for_batch(self.vectors, batch_size)                         # (B, P, H)
+        # clone: torch's counter of operations cannot follow a mere view of a parameter
+        return for_batch(self.vectors.clone(), batch_size)                 # (B, P, H)
 
 
 class CrossPromptEncoder(nn.Module):
@@ -280,10 +283,10 @@ class Config:
                             toy="toy")
 
     # The languages
-    source: str = setting("joshi5", "train on enarzho, joshi5, seen or codes, with commas (4.2)")
+    source: str = setting("joshi5", "train on enarzho, joshi5, seen, or codes: a,b (4.2)")
     languages: str = setting("all", "test on all, or on names and codes as in --source")
-    target: str = setting("", "then go on in each of these alone: codes, or full, the 46 (4.1)")
-    data: str = setting("Davlan/sib200", "hub name, or folder of <code>/{train,dev,test}.tsv (4.1)",
+    target: str = setting("", "then go on in each alone: codes, or full, the 46 (4.1)")
+    data: str = setting("Davlan/sib200", "hub name, or DIR of <code>/{train,dev,test}.tsv (4.1)",
                         toy="toy")
     max_length: int = setting(164, "longest text in tokens (authors' program)", toy=32, least=3)
 
@@ -292,18 +295,17 @@ class Config:
     batch_size: int = setting(32, "sentences a step (4.4)", least=1)
     lr: float = setting(5e-5, "peak learning rate of prompt encoder and head (4.4)", toy=3e-3)
     prompt_lr: float = setting(5e-3, "peak learning rate of the free vectors (4.4)", toy=5e-2)
-    weight_decay: float = setting(None, "decay of encoder and head [0.1; 0.01 if released] (4.4)")
-    warmup: float = setting(0.1, "share of the steps with linear warm-up (authors' program)",
-                            below=1)
+    weight_decay: float = setting(None, "of encoder and head [0.1; 0.01 if released] (4.4)")
+    warmup: float = setting(0.1, "share of steps with warm-up (authors' program)", below=1)
     cycles: int = setting(2, "cosine cycles, each from the peak to zero (4.4)", least=1)
     clip: float = setting(1.0, "largest global norm of the gradient (authors' program)")
-    patience: int = setting(20, "epochs without a better dev loss, from half-time on (4.4)",
+    patience: int = setting(20, "epochs without a better dev loss, from half-time (4.4)",
                             least=1)
-    recipe: str = setting("paper", "how to train: as in the paper, or as the authors released",
+    recipe: str = setting("paper", "as in the paper, or as the authors released",
                           choices=("paper", "released"))
     backbone_dropout: str = setting("on", "the frozen backbone's own dropout: on or off",
                                     choices=("on", "off"))
-    init_from: str = setting("", "start from a run's folder, or an adapter's (--method spt)")
+    init_from: str = setting("", "start from a run, or from an adapter (--method spt)")
 
     # The training on each language of --target: these take the place of those above
     target_steps: int = setting(6_000, "--steps there (4.4)", toy=75, defines=False)
@@ -323,11 +325,11 @@ class Config:
     toy: bool = setting(False, "synthetic languages, a tiny random encoder, no network")
 
     # Instead of training
-    load: str = setting("", "test the adapter in this folder, or use it with --predict",
+    load: str = setting("", "test the adapter in this folder, or --predict with it",
                         defines=False)
-    predict: str = setting("", "with --load: label each line of this file (-: standard input)",
+    predict: str = setting("", "with --load: label each line of a file (-: stdin)",
                            defines=False)
-    labels: str = setting("", "names of the adapter's classes, where it has none: a,b,c",
+    labels: str = setting("", "names of the adapter's classes, if it has none: a,b",
                           defines=False)
     benchmark: bool = setting(False, "time a training step and the evaluation", defines=False)
 
@@ -399,25 +401,27 @@ def predict(model, sentences, title=""):
     model.eval()
     prompt_length = len(model.prompt())
     batches = evaluation_batches(sentences.lengths, prompt_length)
+    sizes = sentences.lengths + prompt_length
     parts = []
-    with torch.no_grad(), progress_bar(title, sentences.lengths + prompt_length) as bar:
+    with torch.no_grad(), progress_bar(title, sizes.sum()) as bar:
         for indices in batches:
             ids, mask, _ = sentences.batch(indices)
             with fast(model):
                 parts.append(model(ids, mask))                             # (B, C)
-            bar.update(int(sentences.lengths[indices].sum()) + prompt_length * len(indices))
+            bar.update(sizes[indices].sum())
     order = np.argsort(np.concatenate(batches))
     return torch.cat(parts)[torch.as_tensor(order).to(sentences.ids.device)]
 
 
-def evaluate(model, sentences, title=""):
+def evaluate(model, sentences, title="test"):
     """({code: accuracy in percent}, mean loss, predicted classes (N,)) on Sentences."""
-    logits = predict(model, sentences, title)
+    codes = np.unique(sentences.languages).tolist()
+    logits = predict(model, sentences, f"{title}: {len(codes)} language{'s' * (len(codes) > 1)}")
     loss = loss_of(logits, sentences.classes).item()
     predicted = logits.argmax(-1).cpu().numpy()
     right = predicted == sentences.classes.cpu().numpy()
     accuracy = {}
-    for code in np.unique(sentences.languages).tolist():
+    for code in codes:
         accuracy[code] = float(100 * right[sentences.languages == code].mean())
     return accuracy, loss, predicted
 
@@ -563,7 +567,7 @@ def train(model, sentences, dev, cfg, folder=None, test_tokens=0):
             folder.save_checkpoint(model, optimizer, progress)
         log.epoch(progress, len(set(predicted.tolist())))
 
-    log.close()
+    log.bar.close()
     copy_into(model, progress.best)
     return progress
 
@@ -575,12 +579,13 @@ def run(cfg, wait=False):
 
     wait: where another process is at work on the same run, wait for it; else InputError.
     """
-    print(f"{run_name(cfg)}: reading the sentences", flush=True)
+    print(f"{run_name(cfg)}: reading the sentences")
     task = read_task(cfg)
     folder = RunFolder(cfg, task)
     if folder.result():
         print(f"{folder.path} is finished: reported, not repeated")
     else:
+        print(f"loading {cfg.backbone}")
         model, tokenizer = build_model(cfg, task.labels)
         with folder.lock(wait):
             if not folder.result():                # another process may just have finished it
@@ -597,7 +602,7 @@ def train_and_test(model, tokenizer, cfg, task, folder):
         for examples in (task.train, task.dev, task.test))
     trained = sum(p.numel() for p in trainable(model).values())
     share = trained / sum(p.numel() for p in model.parameters())
-    print(f"{trained:,} parameters train ({share:.2%} of all) on {len(task.train):,} sentences, "
+    print(f"{trained:,} parameters train ({share:.2%}) on {len(task.train):,} sentences, "
           f"{len(task.labels)} labels; {cfg.dtype}, {cfg.device}")
 
     progress = train(model, sentences, dev, cfg, folder, test.lengths.sum())
@@ -672,51 +677,49 @@ def fast_dropout(x, p=0.5, training=True, inplace=False):
 
 # --------------------------------------------------------------------------------- What is printed
 
-def progress_bar(title, sizes=(), **more):
-    """A bar over sentences of these sizes in tokens; none where there is no terminal."""
-    return tqdm(desc=title, total=int(np.sum(sizes)), unit="token", unit_scale=True, leave=False,
-                disable=None if title else True, dynamic_ncols=True)
+def progress_bar(title, total, done=0):
+    """A bar, drawn once a second; none without a title, or where there is no terminal.
+
+    The time left is by the mean speed, and so counts what comes between the steps.
+    """
+    return tqdm(total=total, initial=done, leave=False, disable=None if title else True,
+                dynamic_ncols=True, miniters=1, mininterval=1, smoothing=0,
+                bar_format=title + " |{bar}| {elapsed}, left {remaining}{postfix}")
 
 
 class Log:
     """What a person sees of a training: a row an epoch, and on a terminal a bar over all steps."""
 
-    HEADER = ("epoch    step    loss  dev loss   dev acc.  majority        lr  seconds     left  "
-              "then test")
-    ROW = ("{epoch:5d} {step:7d} {loss:7.3f} {dev_loss:9.3f} {dev_accuracy:9.1f}% "
-           "{majority:8.1f}% {lr:9.1e}")
+    HEADER = "epoch   step   loss dev loss dev acc. majority      lr seconds   left then test"
+    ROW = ("{epoch:5d} {step:6d} {loss:6.3f} {dev_loss:8.3f} {dev_accuracy:7.1f}% "
+           "{majority:7.1f}% {lr:7.1e}")
 
     def __init__(self, cfg, progress, test_share):
         self.steps = cfg.steps
         self.test_share = test_share               # tokens to be tested later, of dev's
-        self.accuracy = "-"
+        self.accuracies = [epoch["dev_accuracy"] for epoch in progress.curve]
         self.last_step = time.monotonic()
-        print(self.HEADER, flush=True)
-        self.bar = tqdm(total=cfg.steps, initial=progress.step, unit="step", leave=False,
-                        disable=None, dynamic_ncols=True)
+        print(self.HEADER)
+        self.bar = progress_bar("step {n}/{total}", cfg.steps, progress.step)
 
     def step(self, loss, rate):
-        """After each step; every twentieth waits for the device, and only on a terminal."""
+        """After each step; where the bar is drawn, the device is waited for."""
         self.last_step = time.monotonic()
-        self.bar.update()
-        if not self.bar.disable and self.bar.n % 20 == 1:
-            self.bar.set_postfix_str(f"loss {loss.item():.3f} lr {rate:.1e} dev {self.accuracy}")
+        if self.bar.update():
+            dev = "".join(f" dev {accuracy:.1f}%" for accuracy in self.accuracies[-1:])
+            self.bar.set_postfix_str(f"loss {loss.item():.3f} lr {rate:.1e}{dev}")
 
     def epoch(self, progress, classes):
         """After each epoch; `classes`: how many of them were predicted on dev."""
         row = progress.curve[-1]
-        self.accuracy = f"{row['dev_accuracy']:.1f}%"
+        self.accuracies.append(row["dev_accuracy"])
         left = progress.seconds * (self.steps / max(1, progress.step) - 1)
         test = (time.monotonic() - self.last_step) * self.test_share
-        line = self.ROW.format(**row) + f" {progress.seconds:8.0f} {left:8.0f} {test:10.0f}"
+        line = self.ROW.format(**row) + f" {progress.seconds:7.0f} {left:6.0f} {test:9.0f}"
         tqdm.write(line, file=sys.stdout)
         if classes == 1:
-            tqdm.write("      warning: every dev sentence is predicted as one class; try more "
-                       "steps or other rates", file=sys.stdout)
-        sys.stdout.flush()
-
-    def close(self):
-        self.bar.close()
+            tqdm.write("      warning: all of dev is predicted as one class; more steps or other "
+                       "rates?", file=sys.stdout)
 
 
 # ------------------------------------------------------------------------------------------- Files
@@ -1642,6 +1645,7 @@ HELP_GROUPS = {  # the settings from which on --help has another title
 def parse(argv=None):
     """The command line as a Config.  Raises InputError."""
     parser = argparse.ArgumentParser(
+        usage="python xpe.py [--option value ...]   (below, the values are the defaults)",
         description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -1655,9 +1659,8 @@ def parse(argv=None):
         if field.type is bool:
             group.add_argument(flag, action="store_true", help=field.metadata["text"])
             continue
-        shown = "" if default in (None, "") else f" [{default}]"
-        group.add_argument(flag, type=field.type, metavar=field.type.__name__.upper(),
-                           help=field.metadata["text"] + shown)
+        group.add_argument(flag, type=field.type, help=field.metadata["text"],
+                           metavar="..." if default in (None, "") else default)
     return Config(**vars(parser.parse_args(argv)))
 
 
