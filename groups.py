@@ -474,7 +474,7 @@ def print_result(result):
     for at in range(0, len(cells), 6):
         print("  ".join(cells[at:at + 6]))
 
-    if "seconds" in result:
+    if {"seconds", "dev_accuracy"} <= result.keys():
         line = "\nbest dev accuracy {dev_accuracy:.1f}%, {seconds:.0f} s of training"
         print(line.format(**result))
 
@@ -483,7 +483,7 @@ def print_result(result):
     for group, percents in tested.items():
         print(f"{group:<17} {len(percents):9d} {fmean(percents):8.1f}%")
     if result["config"].get("toy"):
-        print("These are synthetic languages: the numbers mean nothing about real ones.")
+        print("A toy: these numbers mean nothing about real languages.")
 
 
 # -------------------------------------------------------------------------------------------- Runs
@@ -581,7 +581,7 @@ def label_of(method, ratio):
     """A method's name in the paper's tables: one of METHODS, another DUAL-percent, or Full."""
     if method == "dual":
         return f"DUAL-{round(100 * ratio)}"
-    return {"spt": "SPT", "xpe": "XPE", "full": "Full"}[method]
+    return "Full" if method == "full" else method.upper()  # also that of a method of your own
 
 
 def split_by_setting(runs):
@@ -611,7 +611,9 @@ def by_seed(runs, label, source, target="", codes=()):
     for run in runs:
         fits = (run.label, run.source, run.target) == (label, source, target)
         if fits and run.accuracy.keys() >= set(codes):
-            found[run.seed] = run
+            other = found.setdefault(run.seed, run)
+            if other is not run:
+                raise InputError(f"{other.folder} and {run.folder} are the same run; move one")
     return found
 
 
@@ -634,8 +636,8 @@ def bootstrap(leads):
     leads: per language an array (seeds, sentences) of 1, 0 and -1.  Each draw takes seeds,
     languages and sentences at once, with replacement.  One draw of seeds serves all languages, and
     so does one of sentences, which are translations of each other; only languages with another
-    number of sentences have a draw of their own.  Drawing all three errs on the wide side (Owen,
-    2007, "The pigeonhole bootstrap").
+    number of sentences have a draw of their own.  With many seeds this errs on the wide side (Owen,
+    2007, "The pigeonhole bootstrap"), with two or three on the narrow one.
     """
     import numpy as np
     rng = np.random.default_rng(0)
@@ -682,6 +684,8 @@ def lead_cells(pairs, codes):
     leads = leads_by_sentence(pairs.values(), codes)
     if leads is None:
         return mean, f"{each}; no interval: predictions.csv is missing"
+    if len(pairs) == 1:
+        return mean, f"{each}; no interval from one seed"
     low, high = bootstrap(leads)
     return f"{mean} [{low:+.1f}, {high:+.1f}]", each if len(pairs) <= 3 else f"{len(pairs)} seeds"
 

@@ -71,7 +71,9 @@ else
   seeds=(${SEEDS:-0 1 2 3 4 5 6 7 8 9}) steps=${STEPS:-24000} jobs=${JOBS:-1}
 fi
 steps=${steps//_/}
-[[ $steps =~ ^[0-9]+$ ]] || { say "STEPS=$steps is not a number"; exit 2; }
+for setting in "STEPS=$steps" "JOBS=$jobs" "${seeds[@]/#/SEEDS=}" ${SLURM_ARRAY_TASK_ID:+"task=$SLURM_ARRAY_TASK_ID"}; do
+  [[ ${setting#*=} =~ ^(0|[1-9][0-9]*)$ ]] || { say "$setting is not a whole number"; exit 2; }
+done
 few=$((steps / 4))                                        # for a target, and for fine-tuning
 
 # --------------------------------------------------------------------------------------- The grid
@@ -130,7 +132,7 @@ if [[ $list ]]; then
   exit
 fi
 if [[ ${SLURM_ARRAY_TASK_ID:-} ]]; then
-  line=$(grid | sed -n "${SLURM_ARRAY_TASK_ID}p")
+  line=$(grid | sed -n "$((SLURM_ARRAY_TASK_ID))p;" 2> /dev/null || true)
   [[ $line ]] || { say "no run $SLURM_ARRAY_TASK_ID: there are $(grid | wc -l) lines"; exit 2; }
   command=${line#*$'\t'}
   echo "$command"

@@ -1122,11 +1122,13 @@ SAID = """
 --xpe-ratio 0.3 --prompt-length 2 --mlp-hidden 7 --dropout 0.25 --head-dropout 0 --pool bos
 --backbone FacebookAI/xlm-roberta-large --data Davlan/sib200 --max-length 164
 --source seen --languages kab_Latn --target full --init-from here --out there
---steps 24000 --lr 5e-5 --prompt-lr 5e-3 --target-steps 6000
---steps 0 --lr 0 --prompt-lr 0 --target-steps 0 --clip 0 --warmup 0 --weight-decay 0
+--steps 24000 --lr 5e-5 --prompt-lr 5e-3 --target-steps 6000 --target kab_Latn
+--steps 0 --lr 0 --prompt-lr 0 --target-steps 0 --target kab_Latn
+--clip 1e-3 --warmup 0 --weight-decay 0
 --batch-size 3 --cycles 1 --patience 1 --seed 5 --recipe released --weight-decay 0.1
 --target-warmup 0.5 --target-dropout 0.5 --target-patience 1 --target kab_Latn
---backbone-dropout off --device cpu --dtype bf16 --load there --predict -
+--backbone-dropout off
+--device cpu --dtype bf16 --load there --predict -
 """
 
 
@@ -1587,7 +1589,7 @@ def test_predict_labels_each_line(runs, tiny, tmp_path, capsys, monkeypatch):
 def test_lines_that_cannot_be_read_are_named(runs, tiny, tmp_path, capsys):
     (tmp_path / "bytes").write_bytes(b"fine\n\xff\xfe\n")
     argv = "--backbone", tiny, "--load", runs["xpe"] / "adapter", "--predict"
-    refused(capsys, "line 2", *argv, tmp_path / "bytes")
+    refused(capsys, "bytes:2: not UTF-8", *argv, tmp_path / "bytes")
     refused(capsys, "gone", *argv, tmp_path / "gone")
 
 
@@ -1881,6 +1883,53 @@ def test_another_encoder_of_the_same_shape_is_refused(tmp_path, tiny, capsys):
     assert files(folder) == before
 
 
+def test_start_that_changed_is_another_start(tmp_path, tiny, capsys):
+    start = launch(tmp_path / "start", SHORT, 1)
+    argv = [SHORT, 1, "--init-from", start]
+    launch(tmp_path / "out", *argv)
+    refused(capsys, "another encoder", *argv, "--backbone", tiny, "--out", tmp_path / "other")
+    facts = result(start) | {"seconds": 5.0}
+    (start / "result.json").write_text(json.dumps(facts))
+    refused(capsys, "start", *argv, "--out", tmp_path / "out")
+    refused(capsys, "no such folder", SHORT, "1 --init-from", tmp_path / "gone")
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--load there --steps 5", "--steps has no effect with --load"),
+    ("--load there --pool bos", "--pool has no effect with --load"),
+    ("--target-steps 5", "--target-steps has no effect without --target"),
+    ("--clip 0", "--clip 0"),
+])
+def test_flag_without_effect_is_refused(argv, words, capsys):
+    refused(capsys, words, argv)
+
+
+def test_adapter_knows_the_length_of_its_texts(tmp_path, capsys):
+    folder = launch(tmp_path, "--method spt", ENGLISH, "--steps 40 --max-length 5")
+    capsys.readouterr()
+    assert call("--languages eng_Latn --load", folder / "adapter") == 0
+    percent = result(folder)["accuracy"]["eng_Latn"]
+    assert f"eng_Latn {percent:5.1f}" in capsys.readouterr().out
+
+
+def test_numbers_of_other_types_are_numbers():
+    cfg = xpe.Config(seed=np.int64(3), lr=np.float32(0.5), data=Path("here"))
+    assert [type(value) for value in (cfg.seed, cfg.lr, cfg.data)] == [int, float, str]
+    with pytest.raises(groups.InputError, match="--steps 2.5: must be of type int"):
+        xpe.Config(steps=2.5)
+
+
+def test_method_of_your_own_is_reported_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(xpe.SHARES, "mine", 0.0)               # like spt
+    folder = launch(tmp_path, ENGLISH, "--steps 1 --method mine")
+    assert groups.load_runs(tmp_path)[0].label == "MINE"
+    assert folder.name.startswith("toy-mine")
+
+
+def test_benchmark_needs_room_for_its_texts(capsys):
+    refused(capsys, "128 positions", "--benchmark --prompt-length 110 --max-length 10")
+
+
 def test_dangling_out_is_found_at_once(tmp_path, capsys):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     refused(capsys, "link", "--out", tmp_path / "link")
@@ -1893,7 +1942,7 @@ def test_dangling_out_is_found_at_once(tmp_path, capsys):
     ("num_virtual_tokens", True, "num_virtual_tokens | True"),
     ("num_virtual_tokens", 4.0, "num_virtual_tokens | 4.0"),
     ("labels", "abcdefg", "labels | abcdefg"),
-    ("labels", ["a"] * 7, "labels"),
+    ("labels", ["a"] * 7, "7 classes | 1 are named"),
     ("labels", ["a", "b"], "7 classes | a, b"),
     ("labels", {"a": 1}, "labels"),
 ])
@@ -1940,6 +1989,7 @@ def test_adapter_can_be_read_by_others(runs):
 # ------------------------------------------------------------------- Encoders that a user brings
 
 LONG_TEXTS = ["topic1 topic2 filler3", "topic11", " ".join(f"topic{i}" for i in range(28))]
+LOADED = "--data toy --languages eng_Latn".split()
 RUN = ("--data toy --source eng_Latn --languages eng_Latn --max-length 32 --prompt-length 6 "
        "--steps 2").split()
 SMALL = dict(vocab_size=424, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -2029,7 +2079,7 @@ def test_command_line_and_its_adapter(name, tmp_path, capsys):
         pefts = name in ("XLMRobertaModel", "CamembertModel")
         assert config["peft_type"] == ("PROMPT_TUNING" if pefts else "XPE_PROMPT")
         accuracy = json.loads((run / "result.json").read_text())["accuracy"]["eng_Latn"]
-        loading = ["--load", run / "adapter", *RUN[:6], "--max-length", 32, *kind[:2]]
+        loading = ["--load", run / "adapter", *LOADED, "--max-length", 32, *kind[:2]]
         assert f"eng_Latn {accuracy:5.1f}" in command(capsys, *loading)[1]
 
 
@@ -2144,7 +2194,7 @@ def test_adapter_of_another_encoder(name, changes, words, tmp_path, capsys):
     toy_adapter(tmp_path / "adapter", 1)
     edit("adapter_config.json", **changes)(tmp_path / "adapter")
     backbone = tiny_encoder(tmp_path / "encoder", name, hidden_size=64, embedding_size=64)
-    argv = ["--load", tmp_path / "adapter", "--backbone", backbone, *RUN[:6], "--max-length", 32]
+    argv = ["--load", tmp_path / "adapter", "--backbone", backbone, *LOADED, "--max-length", 32]
     if words:
         says(capsys, words, *argv)
     else:
@@ -2434,21 +2484,22 @@ def test_ctrl_c_answers_everywhere_with_one_line(moment, tmp_path):
     code, shown = at_terminal(tmp_path, argv, moment)
     assert code == 130
     last = shown.split("\r\x1b[K")[-1]  # what follows the clearing of the line
+    last = last.replace("\x1b[A", "")   # a bar was just moving up
     assert last.split() == STOPPED.format("SIGINT").split()
 
 
 # ------------------------------------------------------------------------------ What is finished
 def test_finished_run_is_known_without_its_encoder(tmp_path, monkeypatch):
-    argv = ["--toy", *SHORT.split(), "5", "--target", "kab_Latn", "--target-steps", "3"]
-    argv += ["--out", str(tmp_path)]
-    cfg = xpe.parse(argv)
+    argv = ["--toy", *SHORT.split(), "5", "--out", str(tmp_path)]
+    target = [*argv, "--target-steps", "3", "--target", "kab_Latn"]
+    cfg = xpe.parse(target)
     assert not xpe.finished(cfg)
-    assert xpe.main(argv) == 0
+    assert xpe.main(target) == 0
     monkeypatch.delattr(xpe, "build_model")
     assert xpe.finished(cfg)
-    assert xpe.finished(xpe.parse([*argv, "--target", ""]))
-    assert not xpe.finished(xpe.parse([*argv, "--target", "kab_Latn,swh_Latn"]))
-    assert not xpe.finished(xpe.parse([*argv, "--clip", "2"]))
+    assert xpe.finished(xpe.parse(argv))
+    assert not xpe.finished(xpe.parse([*target, "--target", "kab_Latn,swh_Latn"]))
+    assert not xpe.finished(xpe.parse([*target, "--clip", "2"]))
 
 
 # ----------------------------------------------------------------------------------- The whole grid
@@ -2963,6 +3014,13 @@ def test_mean_deviation_and_difference(save, capsys):
     assert rows(capsys, folder, "XPE", "seen") == [["· 41.9", "· 60.8", "", ""]]
 
 
+def test_copied_run_is_not_counted_twice(save, capsys):
+    save("a", 50.0)
+    assert groups.main([save("b", 60.0)]) == 2
+    error = capsys.readouterr().err
+    assert "/a" in error and "/b" in error and error.count("\n") == 1
+
+
 def test_paired_difference_without_predictions_claims_no_interval(save, capsys):
     half = {code: 54.0 for code in groups.LOW_PERFORMING[:23]}  # 4 on one half, 0 on the other: 2
     save("a", 50.0)
@@ -3165,7 +3223,7 @@ def test_results_with_odd_accuracies_are_refused(accuracy, save, capsys):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("method", "lora"), ("method", ["spt"]), ("source", 5), ("seed", [1]), ("seed", None),
+    ("method", None), ("method", ["spt"]), ("source", 5), ("seed", [1]), ("seed", None),
     ("target", {}), ("xpe_ratio", "x"), ("xpe_ratio", float("inf"))])
 def test_results_with_odd_settings_are_refused(key, value, save, capsys):
     config = {"method": "dual", key: value}

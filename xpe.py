@@ -21,14 +21,13 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import difflib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -119,22 +118,27 @@ class DualPrompt(nn.Module):
         return torch.cat(parts, dim=-2)                                    # (B, P, H)
 
 
-def build_prompt(method, length, hidden, ratio=0.7, **encoder):
+def build_prompt(method, length, hidden, ratio=0.7, **prompt_encoder):
     """The prompt of a method, `length` vectors (P, H), of which DUAL encodes the share `ratio`.
 
-    `encoder` goes to CrossPromptEncoder (mlp_hidden, dropout).  Raises KeyError for an unknown
-    method, ValueError where DUAL has no room for a vector of each kind.
+    `prompt_encoder` goes to CrossPromptEncoder (mlp_hidden, dropout).  Raises KeyError for an
+    unknown method, ValueError where DUAL has no room for a vector of each kind.
     """
-    share = SHARES[method] if method != "dual" else ratio
-    encoded = int(length * share)                  # AUTHORS: rounded down
+    shares = SHARES | {"dual": ratio}
+    encoded = int(length * shares[method])         # AUTHORS: rounded down
     if method == "dual":
-        if length < 2:
-            raise ValueError("a dual prompt needs a length of at least 2")
+        if length < 2 or not 0 < ratio < 1:
+            raise ValueError("a dual prompt needs two vectors or more, and a ratio in (0, 1)")
         encoded = min(max(encoded, 1), length - 1)
+    return prompt_of(length - encoded, encoded, hidden, **prompt_encoder)
+
+
+def prompt_of(free, encoded, hidden, **prompt_encoder):
+    """A prompt of so many free vectors, and behind them so many encoded ones."""
     if encoded == 0:
-        return SoftPrompt(length, hidden)
-    cross = CrossPromptEncoder(encoded, hidden, **encoder)
-    return cross if encoded == length else DualPrompt(SoftPrompt(length - encoded, hidden), cross)
+        return SoftPrompt(free, hidden)
+    cross = CrossPromptEncoder(encoded, hidden, **prompt_encoder)
+    return DualPrompt(SoftPrompt(free, hidden), cross) if free else cross
 
 
 class ClassificationHead(nn.Module):
@@ -191,8 +195,8 @@ class PromptedClassifier(nn.Module):
 class Adafactor(torch.optim.Optimizer):
     """Adafactor (Shazeer and Stern, 2018) with a given learning rate and without momentum.
 
-    Of the running average V of the squared gradient (R, C) only the means of its rows and columns
-    are kept, R + C numbers: V ~ row col^T / mean(row).  Tensors of one dimension keep V whole.
+    Of the running average V of the squared gradient (R, S) only the means of its rows and columns
+    are kept, R + S numbers: V ~ row col^T / mean(row).  Tensors of one dimension keep V whole.
     The update G / sqrt(V) is clipped to RMS `clip_threshold`; decay is decoupled.  Equal to
     transformers' with scale_parameter, relative_step and warmup_init off.
     """
@@ -233,9 +237,9 @@ class Adafactor(torch.optim.Optimizer):
             u = g * average("v", square).rsqrt()
         else:
             row = average("row", square.mean(dim=-1))                      # (R,)
-            col = average("col", square.mean(dim=-2))                      # (C,)
+            col = average("col", square.mean(dim=-2))                      # (S,)
             row = row / row.mean(dim=-1, keepdim=True)
-            u = g * row.rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)  # (R, C)
+            u = g * row.rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)  # (R, S)
         rms = u.square().mean().sqrt()
         return u / (rms / group["clip_threshold"]).clamp(min=1.0)
 
@@ -252,15 +256,15 @@ def cosine_with_restarts(step, warmup, total, cycles=2):
 
 # ---------------------------------------------------------------------------------- Configuration
 
-def setting(default, text, toy=None, choices=(), least=0, below=2**40, defines=True):
+def setting(default, text, **said):
     """A field of Config: `text` (unit, section) is its help; numbers lie in [least, below).
 
     The field starts as None, for which check_settings puts the default (with --toy, `toy`): so
     what somebody said is told from what nobody said.  defines: does it define a run?
     """
-    facts = dict(default=default, text=text, toy=default if toy is None else toy, choices=choices,
-                 least=least, below=below, defines=defines)
-    return dataclasses.field(default=None, metadata=facts)
+    facts = dict(text=text, default=default, toy=default, choices=(), least=0, below=2**40,
+                 defines=True)
+    return dataclasses.field(default=None, metadata=facts | said)
 
 
 @dataclasses.dataclass
@@ -298,7 +302,8 @@ class Config:
     weight_decay: float = setting(None, "of encoder and head [0.1; 0.01 if released] (4.4)")
     warmup: float = setting(0.1, "share of steps with warm-up (authors' program)", below=1)
     cycles: int = setting(2, "cosine cycles, each from the peak to zero (4.4)", least=1)
-    clip: float = setting(1.0, "largest global norm of the gradient (authors' program)")
+    clip: float = setting(1.0, "largest global norm of the gradient (authors' program)",
+                          least=1e-6)
     patience: int = setting(20, "epochs without a better dev loss, from half-time (4.4)",
                             least=1)
     recipe: str = setting("paper", "as in the paper, or as the authors released",
@@ -350,7 +355,6 @@ class Sentences(NamedTuple):
     def batch(self, indices):
         """Sentences (B,) -> ids (B, T), mask (B, T), classes (B,); T is the longest's, in fours."""
         T = -(-int(self.lengths[indices].max()) // 4) * 4
-        T = min(T, self.ids.shape[1])
         indices = torch.as_tensor(indices).to(self.ids.device, non_blocking=True)
         return self.ids[indices, :T], self.mask[indices, :T], self.classes[indices]
 
@@ -360,11 +364,12 @@ def encode(examples, labels, tokenizer, device="cpu", max_length=164):
     texts = [example.text for example in examples]
     encoded = tokenizer(texts, truncation=True, max_length=max_length, padding=True,
                         return_attention_mask=True, return_tensors="pt")
-    ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    classes = torch.tensor([labels.index(example.label) for example in examples])
+    lengths = encoded["attention_mask"].sum(1).numpy()
+    encoded = encoded.to(device)
+    classes = [labels.index(example.label) for example in examples]
+    classes = torch.tensor(classes, device=device)
     languages = np.array([example.code for example in examples])
-    lengths = mask.sum(1).numpy()
-    return Sentences(ids.to(device), mask.to(device), classes.to(device), lengths, languages)
+    return Sentences(encoded["input_ids"], encoded["attention_mask"], classes, lengths, languages)
 
 
 def epoch_batches(lengths, size, seed, epoch):
@@ -406,11 +411,11 @@ def predict(model, sentences, title=""):
     with torch.no_grad(), progress_bar(title, sizes.sum()) as bar:
         for indices in batches:
             ids, mask, _ = sentences.batch(indices)
-            with fast(model):
+            with fast(model):                      # Part II: the same results, sooner
                 parts.append(model(ids, mask))                             # (B, C)
             bar.update(sizes[indices].sum())
     order = np.argsort(np.concatenate(batches))
-    return torch.cat(parts)[torch.as_tensor(order).to(sentences.ids.device)]
+    return torch.cat(parts)[order]
 
 
 def evaluate(model, sentences, title="test"):
@@ -420,9 +425,7 @@ def evaluate(model, sentences, title="test"):
     loss = loss_of(logits, sentences.classes).item()
     predicted = logits.argmax(-1).cpu().numpy()
     right = predicted == sentences.classes.cpu().numpy()
-    accuracy = {}
-    for code in codes:
-        accuracy[code] = float(100 * right[sentences.languages == code].mean())
+    accuracy = {code: float(100 * right[sentences.languages == code].mean()) for code in codes}
     return accuracy, loss, predicted
 
 
@@ -506,24 +509,27 @@ class Progress:
 
     def record(self, epoch, model):
         """Note an epoch; the model with the best dev accuracy is kept, the earlier of equals."""
-        best = max((other["dev_accuracy"] for other in self.curve), default=-1)
-        if epoch["dev_accuracy"] > best:
+        if all(epoch["dev_accuracy"] > other["dev_accuracy"] for other in self.curve):
             self.best = {name: tensor.clone() for name, tensor in trainable(model).items()}
         self.curve.append(epoch)
 
 
-def check_finite(losses, batches, sentences, step):
+def check_finite(loss, what):
+    """Raise a FloatingPointError that says what is not finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{what} is {loss}; the last checkpoint is kept")
+
+
+def losses_of_epoch(losses, batches, sentences, step):
     """The losses of an epoch that ended at `step`, as floats; here the host waits for the device.
 
     Raises FloatingPointError that names the step and its languages.
     """
     losses = [loss.item() for loss in losses]
-    for i, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            languages = ", ".join(sorted(set(sentences.languages[batches[i]])))
-            number = step - len(losses) + i + 1
-            raise FloatingPointError(f"step {number}: loss {loss} on {languages}; "
-                                     "the last checkpoint is kept")
+    first = step - len(losses) + 1
+    for number, loss, indices in zip(range(first, step + 1), losses, batches):
+        languages = ", ".join(sorted(set(sentences.languages[indices])))
+        check_finite(loss, f"step {number}: the loss on {languages}")
     return losses
 
 
@@ -538,6 +544,7 @@ def train(model, sentences, dev, cfg, folder=None, test_tokens=0):
     progress = folder.resume(model, optimizer) if folder else Progress()
     log = Log(cfg, progress, test_tokens / dev.lengths.sum())
     began = time.monotonic() - progress.seconds
+    classes = dev.classes.cpu().numpy()
     rate = 0.0
 
     while not progress.finished(cfg):
@@ -551,13 +558,10 @@ def train(model, sentences, dev, cfg, folder=None, test_tokens=0):
             losses.append(train_step(model, sentences.batch(indices), optimizer, cfg.clip))
             progress.step += 1
             log.step(losses[-1], rate)
-        losses = check_finite(losses, batches, sentences, progress.step)
+        losses = losses_of_epoch(losses, batches, sentences, progress.step)
 
         _, dev_loss, predicted = evaluate(model, dev, "dev")
-        if not math.isfinite(dev_loss):            # the epoch's last update broke it
-            raise FloatingPointError(f"step {progress.step}: dev loss {dev_loss}; "
-                                     "the last checkpoint is kept")
-        classes = dev.classes.cpu().numpy()
+        check_finite(dev_loss, f"step {progress.step}: the dev loss")      # by the last update
         progress.seconds = time.monotonic() - began
         progress.record(dict(
             epoch=epoch + 1, step=progress.step, loss=sum(losses) / max(1, len(losses)),
@@ -565,7 +569,7 @@ def train(model, sentences, dev, cfg, folder=None, test_tokens=0):
             majority=float(100 * np.bincount(classes).max() / len(classes))), model)
         if folder:
             folder.save_checkpoint(model, optimizer, progress)
-        log.epoch(progress, len(set(predicted.tolist())))
+        log.epoch(progress, len(set(predicted)))
 
     log.bar.close()
     copy_into(model, progress.best)
@@ -607,7 +611,7 @@ def train_and_test(model, tokenizer, cfg, task, folder):
 
     progress = train(model, sentences, dev, cfg, folder, test.lengths.sum())
     model.cache_prompt()
-    accuracy, _, predicted = evaluate(model, test, "test")
+    accuracy, _, predicted = evaluate(model, test)
 
     folder.save_result(model, task, predicted, dict(
         seconds=progress.seconds,
@@ -644,21 +648,19 @@ class FastOnCPU(torch.overrides.TorchFunctionMode):
 
     def __init__(self, model):
         super().__init__()
-        self.dense = self.norm = None
+        self.cutting = []                          # ids of the weights that see position 0 alone
         if model.pool == "first" and model.backbone.config.model_type in LIKE_XLM_R:
             behind_attention = model.backbone.encoder.layer[-1].attention.output
-            self.dense = behind_attention.dense.weight
-            self.norm = behind_attention.LayerNorm.weight
+            modules = behind_attention.dense, behind_attention.LayerNorm
+            self.cutting = [id(module.weight) for module in modules]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.dropout:
             return fast_dropout(*args, **kwargs)
-        if self.dense is not None:
-            dense = function is F.linear and args[1] is self.dense
-            norm = function is F.layer_norm and kwargs.get("weight") is self.norm
-            if dense or norm:
-                args = (args[0][:, :1], *args[1:])             # (B, P + T, H) -> (B, 1, H)
+        weight = args[1] if function is F.linear else kwargs.get("weight")
+        if id(weight) in self.cutting:
+            args = (args[0][:, :1], *args[1:])                 # (B, P + T, H) -> (B, 1, H)
         return function(*args, **kwargs)
 
 
@@ -692,12 +694,12 @@ class Log:
 
     HEADER = "epoch   step   loss dev loss dev acc. majority      lr seconds   left then test"
     ROW = ("{epoch:5d} {step:6d} {loss:6.3f} {dev_loss:8.3f} {dev_accuracy:7.1f}% "
-           "{majority:7.1f}% {lr:7.1e}")
+           "{majority:7.1f}% {lr:7.1e} {seconds:7.0f} {left:6.0f} {test:9.0f}")
+    WARNING = "\n      warning: all of dev is predicted as one class; more steps or other rates?"
 
     def __init__(self, cfg, progress, test_share):
-        self.steps = cfg.steps
         self.test_share = test_share               # tokens to be tested later, of dev's
-        self.accuracies = [epoch["dev_accuracy"] for epoch in progress.curve]
+        self.curve = progress.curve
         self.last_step = time.monotonic()
         print(self.HEADER)
         self.bar = progress_bar("step {n}/{total}", cfg.steps, progress.step)
@@ -706,20 +708,17 @@ class Log:
         """After each step; where the bar is drawn, the device is waited for."""
         self.last_step = time.monotonic()
         if self.bar.update():
-            dev = "".join(f" dev {accuracy:.1f}%" for accuracy in self.accuracies[-1:])
+            dev = "".join(" dev {dev_accuracy:.1f}%".format(**row) for row in self.curve[-1:])
             self.bar.set_postfix_str(f"loss {loss.item():.3f} lr {rate:.1e}{dev}")
 
     def epoch(self, progress, classes):
         """After each epoch; `classes`: how many of them were predicted on dev."""
-        row = progress.curve[-1]
-        self.accuracies.append(row["dev_accuracy"])
-        left = progress.seconds * (self.steps / max(1, progress.step) - 1)
+        left = progress.seconds * (self.bar.total / max(1, progress.step) - 1)
         test = (time.monotonic() - self.last_step) * self.test_share
-        line = self.ROW.format(**row) + f" {progress.seconds:7.0f} {left:6.0f} {test:9.0f}"
-        tqdm.write(line, file=sys.stdout)
+        line = self.ROW.format(**self.curve[-1], seconds=progress.seconds, left=left, test=test)
         if classes == 1:
-            tqdm.write("      warning: all of dev is predicted as one class; more steps or other "
-                       "rates?", file=sys.stdout)
+            line += self.WARNING
+        tqdm.write(line, file=sys.stdout)
 
 
 # ------------------------------------------------------------------------------------------- Files
@@ -737,7 +736,7 @@ def as_input_error(problem, remedy=""):
 
 def describe(error):
     """The first line of an error, and its kind."""
-    reason = (str(error).strip().splitlines() or [""])[0]
+    reason, _, _ = str(error).strip().partition("\n")
     return f"{type(error).__name__}: {reason[:200]}"
 
 
@@ -754,16 +753,15 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):         # it would keep a full disk full
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)          # it would keep a full disk full
         raise OSError(f"cannot write {path} ({describe(error)})") from error
 
 
-def csv_text(header, rows):
-    """Rows as the text of a CSV file."""
+def csv_text(rows):
+    """[dict] as the text of a CSV file."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
@@ -784,10 +782,10 @@ def definition(cfg):
 
 def run_name(cfg):
     """The name of a run's folder, such as dual70-joshi5-s0 or toy-xpe-eng_Latn-kab_Latn-s1."""
-    kind = "toy-" if cfg.toy else ""
     share = round(100 * cfg.xpe_ratio) if cfg.method == "dual" else ""
-    languages = cfg.source[:100] + ("-" + cfg.target[:100] if cfg.target else "")
-    return f"{kind}{cfg.method}{share}-{languages.replace(',', '+')}-s{cfg.seed}"
+    kind = "toy" if cfg.toy else ""
+    parts = [kind, f"{cfg.method}{share}", cfg.source[:100], cfg.target[:100], f"s{cfg.seed}"]
+    return "-".join(part for part in parts if part).replace(",", "+")
 
 
 class RunFolder:
@@ -796,7 +794,9 @@ class RunFolder:
     def __init__(self, cfg, task):
         self.path = Path(cfg.out, run_name(cfg))
         self.made_from = dict(config=definition(cfg), digests=task.digests)
-        above = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+        above = self.path
+        while not os.path.lexists(above):
+            above = above.parent
         if not (above.is_dir() and os.access(above, os.W_OK)):
             raise InputError(f"--out {cfg.out}: {above} is no folder that can be written to")
         self.result() or self.checkpoint()         # refused before anything slow
@@ -816,26 +816,27 @@ class RunFolder:
 
     def result(self):
         """What result.json holds, None before the run is finished."""
-        path = self.path / "result.json"
-        if not path.exists():
-            return None
-        return self.compared(groups.read_result(path))
+        return self.of_this_run("result.json", groups.read_result)
 
     def checkpoint(self):
         """What checkpoint.pt holds, None before the first epoch has ended."""
-        path = self.path / "checkpoint.pt"
-        return self.compared(read_checkpoint(path)) if path.exists() else None
+        return self.of_this_run("checkpoint.pt", read_checkpoint)
 
-    def compared(self, theirs):
-        """A file's content, if it is of this run.  Raises InputError that names what differs."""
-        there = {**theirs["config"], **theirs.get("digests", {})}
-        here = {**self.made_from["config"], **self.made_from["digests"]}
+    def of_this_run(self, name, read):
+        """A file as `read`, None without it.  Raises InputError that names what differs."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        with as_input_error(f"{path}: not a file of this program", "; choose another --out"):
+            content = read(path)
+            there = content["config"] | content["digests"]
+        here = self.made_from["config"] | self.made_from["digests"]
         differ = [f"{key} ({there.get(key)} there, {here[key]} here)"
                   for key in here if there.get(key) != here[key]]
         if differ:
             raise InputError(f"{self.path} was made with other settings: {', '.join(differ)}; "
                              "choose another --out")
-        return theirs
+        return content
 
     def resume(self, model, optimizer):
         """Put the checkpoint, if any, into model, optimizer and torch's dice; -> Progress."""
@@ -873,21 +874,22 @@ class RunFolder:
 
     def save_log(self, progress):
         """log.csv: a row an epoch."""
-        rows = [epoch.values() for epoch in progress.curve]
-        write_file(self.path / "log.csv", csv_text(progress.curve[0], rows))
+        write_file(self.path / "log.csv", csv_text(progress.curve))
 
     def save_result(self, model, task, predicted, result):
         """Predictions, adapter and, last of all, result.json."""
         config = self.made_from["config"]
-        rows = [(example.code, example.row, example.label, task.labels[i])
+        rows = [dict(language=example.code, row=example.row, label=example.label,
+                     predicted=task.labels[i])
                 for example, i in zip(task.test, predicted)]
-        header = ("language", "row", "label", "predicted")
-        write_file(self.path / "predictions.csv", csv_text(header, rows))
+        write_file(self.path / "predictions.csv", csv_text(rows))
         if config["method"] != "full" and model.pool == "first":
             save_adapter(model, self.path / "adapter", config["backbone"], dict(
                 method=config["method"], xpe_ratio=config["xpe_ratio"], labels=task.labels,
                 languages=sorted({example.code for example in task.train}),
                 max_length=config["max_length"], groups=result["groups"]))
+        else:
+            print("no adapter: PEFT's head reads position 0, behind a prompt")
         versions = dict(python=sys.version.split()[0], torch=torch.__version__)
         result = dict(self.made_from, versions=versions, labels=task.labels, **result)
         write_file(self.path / "result.json", json.dumps(result, indent=1))
@@ -899,21 +901,17 @@ class RunFolder:
 
 
 def read_checkpoint(path):
-    """What save_checkpoint wrote, read without unpickling code.  Raises InputError."""
-    with as_input_error(f"{path}: not a checkpoint of this program", "; choose another --out"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for key in ("config", "digests", "progress", "model", "optimizer"):
-            checkpoint[key].keys()                 # all of them are dicts
-    return checkpoint
+    """What save_checkpoint wrote, read without unpickling code."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 # ---------------------------------------------------------------------------------------- Adapters
 # Prompt and head as PEFT loads them.  Needs json, torch, NamedTuple, Path, InputError, and the
 # sections The prompts and Files.
 
-HEAD = "base_model.classifier."                    # PEFT's name for the head; its Linears follow
+HEAD = "base_model.classifier"                     # PEFT's name for the head
 ENCODER = "prompt_encoder."                        # the authors' name for what makes the prompt
-MLP = ENCODER + "xpe_head."                        # theirs for the MLP; places in it follow
+MLP = ENCODER + "xpe_head"                         # theirs for the MLP in it
 SAME_HEAD = ("camembert", "roberta", "xlm-roberta")                # where PEFT's head is this one
 OURS = "XPE_PROMPT"                                # peft_type elsewhere, which PEFT refuses
 
@@ -922,10 +920,10 @@ class Adapter(NamedTuple):
     """An adapter as its files have it."""
     config: dict                  # PEFT's adapter_config.json
     labels: list                  # names of the classes in order, [] where nobody knows
+    max_length: int               # of its texts in tokens, 0 where nobody knows
     tensors: dict                 # {name in the file: tensor}
-    free: str                     # name of the finished or free vectors, "" without
-    pseudo: str                   # name of the pseudo prompt, "" without
-    length: int                   # P
+    free: str                     # name of the finished or free vectors, if there are any
+    pseudo: str                   # name of the pseudo prompt, if there is one
 
 
 def save_adapter(model, folder, base="", facts=None):
@@ -937,18 +935,16 @@ def save_adapter(model, folder, base="", facts=None):
     from safetensors.torch import save
     if model.pool != "first":
         raise InputError(f"PEFT's head reads position 0: pool {model.pool!r} is no adapter")
-    model.eval()                                   # the prompt without dropout
-    tensors = {"prompt_embeddings": model.prompt()}
-    for name, parameter in model.head.named_parameters():
-        tensors[HEAD + name] = parameter
+    prompt = model.eval().prompt()                 # without dropout
+    tensors = {"prompt_embeddings": prompt, **dict(model.head.named_parameters(HEAD))}
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
     backbone = model.backbone.config
     config = dict(
-        peft_type="PROMPT_TUNING",
+        peft_type="PROMPT_TUNING" if backbone.model_type in SAME_HEAD else OURS,
         task_type="SEQ_CLS",                       # without it PEFT takes a random head, in silence
         base_model_name_or_path=base,
-        num_virtual_tokens=len(tensors["prompt_embeddings"]),
-        token_dim=tensors["prompt_embeddings"].shape[1],
+        num_virtual_tokens=prompt.shape[0],
+        token_dim=prompt.shape[1],
         num_transformer_submodules=1,
         num_attention_heads=backbone.num_attention_heads,
         num_layers=backbone.num_hidden_layers,
@@ -956,8 +952,6 @@ def save_adapter(model, folder, base="", facts=None):
         prompt_tuning_init="RANDOM",
         inference_mode=True,
     )
-    if backbone.model_type not in SAME_HEAD:
-        config["peft_type"] = OURS
     folder = Path(folder)
     write_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_file(folder / "adapter_config.json", json.dumps(config, indent=1))
@@ -966,77 +960,73 @@ def save_adapter(model, folder, base="", facts=None):
 
 def read_adapter(folder):
     """The Adapter in a folder.  Raises InputError, by name, for what cannot be right."""
-    from safetensors.torch import load
-    folder = Path(folder)
-    facts, safe = folder / "xpe.json", folder / "adapter_model.safetensors"
     with as_input_error(f"{folder}: not a readable adapter"):
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        facts = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
+        config = json.loads(Path(folder, "adapter_config.json").read_bytes())
+        facts = Path(folder, "xpe.json")
+        facts = json.loads(facts.read_bytes()) if facts.exists() else {}
         labels = facts.get("labels", [])
-        if type(labels) is not list or len({x for x in labels if type(x) is str}) < len(labels):
-            raise TypeError(f"labels are {labels}, which are no distinct names")
+        if labels != [str(label) for label in labels]:
+            raise TypeError(f"labels are {labels}, which is no list of names")
         if config["peft_type"] not in ("PROMPT_TUNING", "P_TUNING", "XPE", OURS):
             raise TypeError(f"an adapter of type {config['peft_type']} holds no soft prompt")
-        if safe.exists():
-            tensors = load(safe.read_bytes())
-        else:                                      # PEFT before 0.7
-            tensors = torch.load(folder / "adapter_model.bin", map_location="cpu",
-                                 weights_only=True)
-        for name, tensor in tensors.items():
-            if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-                raise ValueError(f"{name} is larger than what is stored of it")
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} has a value that is not finite")
+        tensors = read_tensors(folder)
         free, pseudo = prompt_names(tensors)
         vectors = sum(len(tensors.get(name, ())) for name in (free, pseudo))
         stated = config["num_virtual_tokens"]
-        if vectors and (type(stated), stated) != (int, vectors):
+        if vectors and repr(stated) != repr(vectors):      # "4", 4.0, True are no number of them
             raise ValueError(f"{vectors} vectors, where num_virtual_tokens is {stated!r}")
         encoder = config.get("encoder_reparameterization_type", "MLP")
-        if pseudo and encoder != "MLP":
+        if pseudo in tensors and encoder != "MLP":
             raise TypeError(f"its prompt encoder is of type {encoder}, not an MLP")
-    return Adapter(config, labels, tensors, free, pseudo, vectors)
+    return Adapter(config, labels, facts.get("max_length", 0), tensors, free, pseudo)
+
+
+def read_tensors(folder):
+    """{name: tensor} of an adapter.  Raises ValueError for one that is not whole or not finite."""
+    from safetensors.torch import load_file
+    path = Path(folder, "adapter_model.safetensors")
+    if path.exists():
+        tensors = load_file(path)
+    else:                                          # PEFT before 0.7
+        path = Path(folder, "adapter_model.bin")
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    for name, tensor in tensors.items():
+        if tensor.nbytes > path.stat().st_size:
+            raise ValueError(f"{name} is larger than its file")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has a value that is not finite")
+    return tensors
 
 
 def prompt_names(tensors):
-    """(name of the finished or free vectors, name of the pseudo prompt) in an adapter, or ""."""
+    """(name of the finished or free vectors, name of the pseudo prompt) in an adapter."""
     free, pseudo = ENCODER + "embedding.weight", ENCODER + "xpe_embedding.weight"
     if free not in tensors and pseudo not in tensors:
-        return "prompt_embeddings", ""             # finished: PEFT's, ours
-    if pseudo in tensors:
-        return (free if free in tensors else ""), pseudo
-    if any(name.startswith(MLP) for name in tensors):
-        return "", free                            # AUTHORS: XPE, before November 2025
-    return free, ""                                # AUTHORS: SPT
+        return "prompt_embeddings", pseudo         # finished: PEFT's, ours
+    if pseudo not in tensors and MLP + ".0.weight" in tensors:
+        return pseudo, free                        # AUTHORS: XPE, before November 2025
+    return free, pseudo
 
 
 def load_adapter(folder, backbone):
     """A PromptedClassifier from our folder, PEFT's PROMPT_TUNING or P_TUNING, or the authors' own,
     whose prompt still has its encoder.  Raises InputError that names a tensor and both shapes."""
     adapter = read_adapter(folder)
-    hidden = backbone.get_input_embeddings().weight.shape[1]
+    hidden = backbone.get_input_embeddings().embedding_dim
     if adapter.config["peft_type"] != OURS and backbone.config.model_type not in SAME_HEAD:
         raise InputError(f"{folder}: PEFT's head for {backbone.config.model_type} is not XLM-R's")
 
-    def rows(name):
-        tensor = adapter.tensors.get(name)
-        return len(tensor) if tensor is not None and tensor.dim() else 0
-
-    free, pseudo = rows(adapter.free), rows(adapter.pseudo)
-    parts = []
-    if adapter.free:
-        parts.append(SoftPrompt(free, hidden))
-    if adapter.pseudo:
-        parts.append(CrossPromptEncoder(pseudo, hidden, rows(MLP + "0.weight") or 1))
-    prompt = DualPrompt(*parts) if len(parts) == 2 else parts[0]
-    model = PromptedClassifier(backbone, prompt, rows(HEAD + "out_proj.weight") or 1)
+    there = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
+    rows = {name: shape[0] for name, shape in there.items() if shape}
+    prompt = prompt_of(rows.get(adapter.free, 0), rows.get(adapter.pseudo, 0), hidden,
+                       mlp_hidden=rows.get(MLP + ".0.weight", 1))
+    model = PromptedClassifier(backbone, prompt, rows.get(HEAD + ".out_proj.weight", 1))
     model.to(backbone.device)
 
     parameters = adapter_parameters(model, adapter)
     here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    there = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
     wrong = [f"{name}: {there.get(name, 'missing')}, where {here.get(name, 'none')} is wanted"
-             for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+             for name in sorted(here | there) if here.get(name) != there.get(name)]
     if wrong:
         raise InputError(f"{folder}: {'; '.join(wrong)}")
     for name, parameter in parameters.items():
@@ -1046,14 +1036,13 @@ def load_adapter(folder, backbone):
 
 def adapter_parameters(model, adapter):
     """{name in the adapter's file: parameter of the model}."""
-    found = {HEAD + name: parameter for name, parameter in model.head.named_parameters()}
+    found = dict(model.head.named_parameters(HEAD))
     for module in model.prompt.modules():
         if isinstance(module, SoftPrompt):
             found[adapter.free] = module.vectors
         if isinstance(module, CrossPromptEncoder):
             found[adapter.pseudo] = module.pseudo_prompt
-            for name, parameter in module.mlp.named_parameters():
-                found[MLP + name] = parameter
+            found.update(module.mlp.named_parameters(MLP))
     return found
 
 
@@ -1061,17 +1050,20 @@ def adapter_parameters(model, adapter):
 
 def check_settings(cfg):
     """Put defaults where nobody said anything.  Raises InputError for what can be told at once."""
-    if cfg.load and not cfg.toy:
-        cfg.backbone = cfg.backbone or ""          # the adapter knows
+    unsaid = [name for name, value in vars(cfg).items() if value is None]
     for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if value is None:
+        if field.name in unsaid:
             setattr(cfg, field.name, field.metadata["toy" if cfg.toy else "default"])
         else:
-            check_value(field, value)
-    check_method(cfg)
-    if cfg.predict and not cfg.load:
-        raise InputError("--predict needs --load, the folder of an adapter")
+            setattr(cfg, field.name, checked(field, getattr(cfg, field.name)))
+    if cfg.load and not cfg.toy and "backbone" in unsaid:
+        cfg.backbone = ""                          # the adapter knows
+    if cfg.load and "max_length" in unsaid:
+        cfg.max_length = 0                         # so here
+    for name in ("source", "languages", "target"):
+        codes = map(str.strip, getattr(cfg, name).split(","))
+        setattr(cfg, name, ",".join(filter(None, codes)))
+    check_together(cfg)
     if cfg.weight_decay is None:
         cfg.weight_decay = 0.01 if cfg.recipe == "released" else 0.1       # PAPER 4.4: 0.1
     if cfg.device == "auto":
@@ -1084,33 +1076,44 @@ def check_settings(cfg):
         cfg.dtype = "bf16" if cfg.device.startswith("cuda") and cfg.method != "full" else "fp32"
 
 
-def check_value(field, value):
-    """Raise InputError unless a setting's value is within its bounds or choices."""
-    flag = "--" + field.name.replace("_", "-")
-    choices, least, below = (field.metadata[key] for key in ("choices", "least", "below"))
+def checked(field, value):
+    """A setting's value in its own type.  Raises InputError out of its bounds or choices."""
+    flag, facts = "--" + field.name.replace("_", "-"), field.metadata
+    choices, least, below = facts["choices"], facts["least"], facts["below"]
     if choices and value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=9, cutoff=0)
-        raise InputError(f"{flag} {value!r}: choose from {', '.join(near)}")
-    if field.type in (int, float) and not least <= value < below:
-        raise InputError(f"{flag} {value}: must lie in [{least}, {below})")
+        raise InputError(f"{flag} {value!r}: choose from {', '.join(choices)}")
+    if field.type in (int, float):
+        if not least <= value < below or field.type(value) != value:
+            raise InputError(f"{flag} {value}: must be of type {field.type.__name__} and lie in "
+                             f"[{least}, {below})")
+    return field.type(value)
 
 
-def check_method(cfg):
-    """Fill in share and length of the prompt; raise InputError for what a method has no use for."""
-    if cfg.method == "full" and (cfg.prompt_length or cfg.target or cfg.dtype == "bf16"):
-        raise InputError("--method full takes no --prompt-length and no --target (train on a "
-                         "target with --source CODE), and trains in fp32, not in bf16")
+def check_together(cfg):
+    """Fill in share and length of the prompt; raise InputError for what contradicts each other."""
+    method, share = cfg.method, SHARES[cfg.method]
+    least = {"full": 0, "dual": 2}.get(method, 1)
     if cfg.prompt_length is None:
-        cfg.prompt_length = 0 if cfg.method == "full" else 20
-    shortest = {"full": 0, "dual": 2}.get(cfg.method, 1)
-    if cfg.prompt_length < shortest:
-        raise InputError(f"--prompt-length {cfg.prompt_length}: {cfg.method} needs {shortest}")
-    share = SHARES[cfg.method]
-    cfg.xpe_ratio = share if cfg.xpe_ratio is None else cfg.xpe_ratio
-    if cfg.method != "dual" and cfg.xpe_ratio != share:
-        raise InputError(f"--xpe-ratio belongs to --method dual; {cfg.method} has none")
-    if cfg.method == "dual" and not 0 < cfg.xpe_ratio < 1:
-        raise InputError(f"--xpe-ratio {cfg.xpe_ratio:g}: must lie between 0 (spt) and 1 (xpe)")
+        cfg.prompt_length = 20 if least else 0
+    if cfg.xpe_ratio is None:
+        cfg.xpe_ratio = share
+    mixed = method == "dual" and 0 < cfg.xpe_ratio < 1
+    of_prompts = cfg.prompt_length or cfg.target or cfg.dtype == "bf16"
+    refuse({
+        "--predict needs --load, the folder of an adapter": cfg.predict and not cfg.load,
+        "--method full takes no --prompt-length and no --target (train on a target with --source "
+        "CODE), and trains in fp32, not in bf16": method == "full" and of_prompts,
+        f"--prompt-length {cfg.prompt_length}: {method} needs {least}": cfg.prompt_length < least,
+        f"--xpe-ratio {cfg.xpe_ratio:g} with --method {method}: it belongs to dual, and lies "
+        "between 0 (spt) and 1 (xpe)": cfg.xpe_ratio != share and not mixed,
+    })
+
+
+def refuse(problems):
+    """Raise an InputError with the first message of {message: is it so?} that is so."""
+    for message, so in problems.items():
+        if so:
+            raise InputError(message)
 
 
 def load_backbone(name, device="cpu", dtype=torch.float32):
@@ -1127,14 +1130,15 @@ def load_backbone(name, device="cpu", dtype=torch.float32):
             lacking = []
         else:
             backbone, tokenizer, lacking = load_pretrained(name, device, dtype)
-        words, rows = len(tokenizer), len(backbone.get_input_embeddings().weight)
+        words, rows = len(tokenizer), backbone.get_input_embeddings().num_embeddings
     lacking += [key for key, p in backbone.named_parameters() if not p.sum().isfinite()]
-    if lacking:
-        raise InputError(f"the files of {name} do not fill the encoder: {', '.join(lacking[:3])} "
-                         "lack or are not finite")
-    if not rows / 2 <= words <= rows or tokenizer.pad_token_id is None:
-        raise InputError(f"the tokenizer of {name} is not the encoder's: it has {words} tokens, "
-                         f"the encoder {rows}, and padding is {tokenizer.pad_token}")
+    refuse({
+        f"the files of {name} do not fill the encoder: {', '.join(lacking[:3])} lack or are not "
+        "finite": lacking,
+        f"the tokenizer of {name} is not the encoder's: it has {words} tokens, the encoder {rows}, "
+        f"and padding is {tokenizer.pad_token}":
+            not rows / 2 <= words <= rows or tokenizer.pad_token_id is None,
+    })
     return backbone.to(device).requires_grad_(False), tokenizer
 
 
@@ -1153,9 +1157,10 @@ def load_pretrained(name, device, dtype):
     logging.set_verbosity_error()                  # "unused classifier weights": by intention
     logging.disable_progress_bar()
     safe = dict(trust_remote_code=False)           # a foreign adapter may name any backbone
-    config = AutoConfig.from_pretrained(name, return_dict=True, **safe)
-    config.chunk_size_feed_forward = 0             # the same numbers, for texts of every length
-    config.gradient_checkpointing = False          # it would go backward without FastOnCPU
+    config = AutoConfig.from_pretrained(
+        name, return_dict=True, **safe,
+        chunk_size_feed_forward=0,                 # the same numbers, for texts of every length
+        gradient_checkpointing=False)              # it would go backward without FastOnCPU
     if torch.device(device).type == "cpu" and dtype == torch.bfloat16:
         safe["attn_implementation"] = "eager"      # there alone the fused one's gradient is slow
     backbone, report = AutoModel.from_pretrained(name, config=config, dtype=dtype,
@@ -1163,10 +1168,10 @@ def load_pretrained(name, device, dtype):
     if hasattr(backbone, "decoder"):               # of T5 and BART: the other half
         backbone = backbone.get_encoder()
     if hasattr(backbone, "pooler"):
-        backbone.pooler = nn.Identity()      # nobody reads it
+        backbone.pooler = nn.Identity()            # nobody reads it
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", trust_remote_code=False)
-    unread = ("pooler", "decoder")
-    lacking = [key for key in report["missing_keys"] if key.split(".")[0] not in unread]
+    unread = ("pooler.", "decoder.")
+    lacking = [key for key in report["missing_keys"] if not key.startswith(unread)]
     return backbone, tokenizer, sorted(lacking)
 
 
@@ -1176,8 +1181,8 @@ def check_model(model, cfg):
     sees their end, no padding changes it, and tokens and their vectors give the same; in fp32,
     since bf16 is too coarse to tell."""
     model.eval()
-    dtype = model.backbone.dtype
-    set_precision(model.backbone, torch.float32)
+    backbone, dtype = model.backbone, model.backbone.dtype
+    set_precision(backbone, torch.float32)
     half = cfg.max_length // 2
     places = torch.arange(cfg.max_length, device=cfg.device)[None]         # (1, T)
     ids, mask, front = 10 + places % 8, torch.ones_like(places), (places < half).long()
@@ -1186,19 +1191,19 @@ def check_model(model, cfg):
         blind = torch.equal(model(ids, mask), model(other, mask))
         short = model(ids[:, :half], mask[:, :half])
         padded = model(ids, front)                 # whatever is behind the text
-        vectors = model.backbone.get_input_embeddings()(ids)
-        by_ids = model.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
-        by_vectors = model.backbone(inputs_embeds=vectors, attention_mask=mask).last_hidden_state
-        set_precision(model.backbone, dtype)
+        vectors = backbone.get_input_embeddings()(ids)
+        by_ids = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        by_vectors = backbone(inputs_embeds=vectors, attention_mask=mask).last_hidden_state
+        set_precision(backbone, dtype)
         model(ids, mask)
-    if blind:
-        raise InputError(f"--backbone {cfg.backbone}: the position that the head reads does not "
-                         "see the text behind it, as in a decoder; an encoder is needed")
-    if not alike(short, padded):
-        raise InputError(f"--backbone {cfg.backbone}: its results depend on padding")
-    if not alike(by_ids, by_vectors):
-        raise InputError(f"--backbone {cfg.backbone}: it treats vectors unlike the tokens that "
-                         "they are of")
+    name = f"--backbone {cfg.backbone}: "
+    refuse({
+        name + "the position that the head reads does not see the text behind it, as in a decoder; "
+        "an encoder is needed": blind,
+        name + "its results depend on padding": not alike(short, padded),
+        name + "it treats vectors unlike the tokens that they are of":
+            not alike(by_ids, by_vectors),
+    })
 
 
 def alike(a, b):
@@ -1214,7 +1219,7 @@ def set_precision(module, dtype):
 
 def width(backbone):
     """Size of the vectors that a backbone takes as its input, H with XLM-R."""
-    return backbone.get_input_embeddings().weight.shape[1]
+    return backbone.get_input_embeddings().embedding_dim
 
 
 def count_positions(backbone):
@@ -1226,23 +1231,42 @@ def count_positions(backbone):
     return math.inf
 
 
+TSV_FILES = "[!.]*/*.tsv"                          # <code>/train.tsv and so on in --data
+
+
 def available_codes(data):
     """The language codes in `data`.  Raises InputError where there is no such folder."""
-    if data == "toy":
-        return list(groups.LANGUAGES)
-    codes = {path.parent.name for path in Path(data).glob("[!.]*/*.tsv")}
+    folder = Path(data)
+    if data == "toy" or not folder.is_dir():
+        if data.startswith((".", "/", "~")):
+            raise InputError(f"--data {data}: no such folder")
+        return list(groups.LANGUAGES)              # those of the hub's SIB-200, too
+    codes = {path.parent.name for path in folder.glob(TSV_FILES)}
     if codes:
         return sorted(codes)
-    if Path(data).is_dir():
-        from datasets import get_dataset_config_names
-        with as_input_error(f"--data {data}: neither <code>/train.tsv nor a data set in it"):
-            names = sorted(get_dataset_config_names(data))
-        if names == ["default"] and any(Path(data).glob("[!.]*/train.csv")):
-            raise InputError(f"--data {data}: train.csv is there: write train.tsv, with tabs")
-        return names
-    if data.startswith((".", "/", "~")):
-        raise InputError(f"--data {data}: no such folder")
-    return list(groups.LANGUAGES)                  # the hub's SIB-200
+    from datasets import get_dataset_config_names
+    with as_input_error(f"--data {data}: neither <code>/train.tsv nor a data set in it"):
+        names = sorted(get_dataset_config_names(data))
+    if names == ["default"] and any(folder.glob("[!.]*/train.csv")):
+        raise InputError(f"--data {data}: train.csv is there: write train.tsv, with tabs")
+    return names
+
+
+def codes_of(text, data):
+    """The language codes that a setting names, such as --source.  Raises InputError."""
+    return groups.resolve(text, available_codes(data), f"--data {data}")
+
+
+def text_lines(path, remedy=""):
+    """The lines of a UTF-8 file, or of standard input for "-".  Raises InputError."""
+    with as_input_error(f"{path}: cannot be read", remedy):
+        file = sys.stdin.buffer if path == "-" else open(path, "rb")
+    with file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")     # no mark, or one
+            except UnicodeDecodeError:
+                raise InputError(f"{path}:{number}: not UTF-8") from None
 
 
 class Example(NamedTuple):
@@ -1256,10 +1280,13 @@ class Example(NamedTuple):
 def read_tsv(path):
     """[(place, text, label)] of a TSV file as SIB-200's are: CSV with tabs, quoted where needed."""
     csv.field_size_limit(2**30)
+    other = path.with_suffix(".csv")
+    remedy = f"; {other.name} is there: write it with tabs" if other.exists() else ""
+    lines = (part for line in text_lines(path, remedy)
+             for part in io.StringIO(line, newline=""))                    # \r alone ends one, too
+    reader = csv.DictReader(lines, delimiter="\t", strict=True)
     rows, line = [], 1
     try:
-        content = path.read_bytes().decode("utf-8-sig")                    # with or without a mark
-        reader = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t", strict=True)
         columns = reader.fieldnames or []
         if columns.count("category") != 1 or columns.count("text") != 1:
             raise InputError(f"{path}:1: the columns are {columns}; one must be category, one text")
@@ -1270,16 +1297,9 @@ def read_tsv(path):
                 raise InputError(f"{path}:{line}: more columns than the header has; put a text "
                                  "that holds a tab, or begins with a quote, in quotes")
             rows.append((f"{path}:{line}", row["text"], row["category"]))
-    except UnicodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: not UTF-8 ({describe(error)})") from None
     except csv.Error as error:
         raise InputError(f"{path}, behind line {line}: {describe(error)}; put a text that begins "
                          "with a quote in quotes, and double those inside") from None
-    except OSError as error:
-        other = path.with_suffix(".csv")
-        hint = f"; {other.name} is there: write it with tabs" if other.exists() else ""
-        raise InputError(f"{path}: cannot be read ({describe(error)}){hint}") from None
     return rows
 
 
@@ -1288,7 +1308,7 @@ def read_rows(data, code, split):
     if data == "toy":
         return toy_rows(code, split)
     path = Path(data, code, split + ".tsv")
-    if any(Path(data).glob("[!.]*/*.tsv")):
+    if any(Path(data).glob(TSV_FILES)):
         return read_tsv(path)
     remedy = "; offline, give a local folder with --data DIR, or --toy"
     problem = f"cannot read {code}, {split}, of {data}"
@@ -1297,39 +1317,37 @@ def read_rows(data, code, split):
         datasets.disable_progress_bars()
         ask_hub_once(data, "README.md", "dataset")
         cache = fresh if Path(data).exists() else None     # theirs does not see that a file changed
-        table = datasets.load_dataset(data, code, split={"dev": "validation"}.get(split, split),
+        table = datasets.load_dataset(data, code, split=split.replace("dev", "validation"),
                                       cache_dir=cache)
         name_of = getattr(table.features["category"], "int2str", lambda label: label)
         return [(f"{path} row {i}", row["text"], name_of(row["category"]))
                 for i, row in enumerate(table)]
 
 
-def load_language(data, code, split, labels=None):
+def load_language(data, code, split, labels=()):
     """Texts and label names of one language; `split` is train, dev or test, `data` as in Config.
 
     With `labels`, every label must be one of them.  Raises InputError that names file and line.
     """
-    texts, found = [], []
-    for place, text, label in read_rows(data, code, split):
-        text, label = ("" if value is None else str(value) for value in (text, label))
-        label = label.strip()
-        if not text.strip():
-            raise InputError(f"{place}: empty text")
-        if not label or labels and label not in labels:
-            raise InputError(f"{place}: unknown label {label!r}; known: {', '.join(labels or [])}")
-        texts.append(text)
-        found.append(label)
-    if not texts:
-        raise InputError(f"no {split} rows for {code} in {data}")
-    return texts, found
+    examples = load_examples(data, [code], split, labels)
+    return [example.text for example in examples], [example.label for example in examples]
 
 
-def load_examples(data, codes, split, labels=None):
+def load_examples(data, codes, split, labels=()):
     """[Example] of several languages, one after the other; the rest as in load_language."""
     examples = []
     for code in codes:
-        texts, found = load_language(data, code, split, labels)
-        examples += [Example(*pair, code, row) for row, pair in enumerate(zip(texts, found))]
+        rows = read_rows(data, code, split)
+        if not rows:
+            raise InputError(f"no {split} rows for {code} in {data}")
+        for row, (place, *values) in enumerate(rows):
+            text, label = ["" if value is None else str(value) for value in values]
+            label = label.strip()
+            if not text.strip():
+                raise InputError(f"{place}: empty text")
+            if not label or labels and label not in labels:
+                raise InputError(f"{place}: unknown label {label!r}; known: {', '.join(labels)}")
+            examples.append(Example(text, label, code, row))
     return examples
 
 
@@ -1344,11 +1362,9 @@ class Task(NamedTuple):
 
 def read_task(cfg):
     """The Task of a config: read before the backbone, which takes long.  Raises InputError."""
-    available = available_codes(cfg.data)
-    sources = groups.resolve(cfg.source, available, f"--data {cfg.data}")
-    targets = groups.resolve(cfg.target, available, f"--data {cfg.data}") if cfg.target else sources
-    tested = groups.resolve(cfg.languages, available, f"--data {cfg.data}")
-
+    sources = codes_of(cfg.source, cfg.data)
+    targets = codes_of(cfg.target or cfg.source, cfg.data)
+    tested = codes_of(cfg.languages, cfg.data)
     found = {example.label for example in load_examples(cfg.data, sources, "train")}
     known = set(groups.LABELS)
     labels = sorted(known if found > known else found)     # an eighth in SIB-200 is a slip
@@ -1356,16 +1372,19 @@ def read_task(cfg):
     dev = load_examples(cfg.data, targets, "dev", labels)
     test = load_examples(cfg.data, tested, "test", labels)
     sentences = hashlib.sha256(repr((train, dev, test, labels)).encode()).hexdigest()[:12]
-    digests = dict(sentences=sentences, encoder=encoder_digest(cfg.backbone))
+    digests = dict(sentences=sentences, encoder=digest_of(cfg.backbone))
+    if cfg.init_from:
+        if not Path(cfg.init_from).is_dir():
+            raise InputError(f"--init-from {cfg.init_from}: no such folder")
+        digests["start"] = digest_of(cfg.init_from) + cfg.labels
     return Task(train, dev, test, labels, digests)
 
 
-def encoder_digest(name):
-    """A digest of a local encoder's files: names, sizes and, to be quick, a sample of each."""
+def digest_of(folder):
+    """A digest of the files of an encoder or a start: names, sizes and, to be quick, samples."""
     digest = hashlib.sha256()
-    for path in sorted(Path(name).glob("*.*")):
-        if path.suffix not in (".json", ".safetensors", ".bin", ".model", ".txt"):
-            continue
+    read = (".json", ".safetensors", ".bin", ".model", ".txt")
+    for path in sorted(path for path in Path(folder).glob("*.*") if path.suffix in read):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
@@ -1380,12 +1399,13 @@ def backbone_of(cfg):
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
     backbone, tokenizer = load_backbone(cfg.backbone, cfg.device, dtype)
     room = count_positions(backbone)
-    if cfg.prompt_length + cfg.max_length > room:
-        raise InputError(f"--prompt-length {cfg.prompt_length} + --max-length {cfg.max_length}: "
-                         f"more than the {room} positions of {cfg.backbone}")
-    whole, bare = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (True, False))
-    if cfg.pool == "bos" and whole[:1] == bare[:1]:
-        raise InputError(f"--pool bos: texts begin with no special token in {cfg.backbone}")
+    special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    refuse({
+        f"--prompt-length {cfg.prompt_length} + --max-length {cfg.max_length}: more than the "
+        f"{room} positions of {cfg.backbone}": cfg.prompt_length + cfg.max_length > room,
+        f"--pool bos: texts begin with no special token in {cfg.backbone}":
+            cfg.pool == "bos" and special[:1] != [1],
+    })
     return backbone, tokenizer
 
 
@@ -1407,24 +1427,25 @@ def build_model(cfg, labels):
 def start_from(folder, model, labels, cfg):
     """Put prompt and head of a finished run, or of an adapter, into a model (--init-from)."""
     folder = Path(folder)
-    with as_input_error(f"--init-from {folder}: does not fit",
+    where = f"--init-from {folder}: "
+    with as_input_error(where + "does not fit",
                         "; a run must be finished, --method and length the same; a finished prompt "
                         "has no encoder and goes on as --method spt"):
         if (folder / "adapter_config.json").exists():
             tensors = trainable(load_adapter(folder, model.backbone))
             theirs = class_names(folder, cfg.labels)
-            pool, source = "first", cfg.source
+            made, encoder = dict(pool="first", source=cfg.source), digest_of(cfg.backbone)
         else:
             tensors = read_checkpoint(folder / "checkpoint.pt")["progress"]["best"]
-            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-            theirs, pool, source = (result["labels"], result["config"]["pool"],
-                                    result["config"]["source"])
-        if pool != cfg.pool or cfg.target and source != cfg.source:
-            raise InputError(f"--init-from {folder}: it was trained with --source {source} "
-                             f"--pool {pool}")
-        if set(theirs) != set(labels):
-            raise InputError(f"--init-from {folder}: its labels are {', '.join(theirs)}, not "
-                             f"{', '.join(labels)}")
+            result = json.loads((folder / "result.json").read_bytes())
+            theirs, made, encoder = result["labels"], result["config"], result["digests"]["encoder"]
+        refuse({
+            where + "it was trained with --source {source} --pool {pool}".format(**made):
+                made["pool"] != cfg.pool or cfg.target and made["source"] != cfg.source,
+            where + "it was trained with another encoder": encoder != digest_of(cfg.backbone),
+            where + f"its labels are {', '.join(theirs)}, not {', '.join(labels)}":
+                set(theirs) != set(labels),
+        })
         order = [theirs.index(label) for label in labels]          # a class is known by its name
         for name in ("head.out_proj.weight", "head.out_proj.bias"):
             tensors[name] = tensors[name][order]
@@ -1435,15 +1456,15 @@ def class_names(folder, said=""):
     """The names of an adapter's classes, in order: those `said` (a,b,c), else its own, else guessed
     with a note.  Raises InputError where they are not as many as its classes."""
     adapter = read_adapter(folder)
-    labels = said.split(",") if said else adapter.labels
+    labels = [name.strip() for name in said.split(",")] if said else adapter.labels
     if not labels and adapter.free != "prompt_embeddings":
         labels = list(groups.SIB200_ORDER)         # AUTHORS: the data set's own, no alphabet
     if not labels:
         labels = sorted(groups.LABELS)
         print(f"{folder} names no labels: SIB-200's are taken, in alphabetical order; --labels "
               "says others", file=sys.stderr)
-    classes = len(adapter.tensors[HEAD + "out_proj.bias"])
-    if len(set(labels)) != classes:
+    classes = len(adapter.tensors[HEAD + ".out_proj.bias"])
+    if not classes == len(labels) == len(set(labels)):
         raise InputError(f"{folder}: its head has {classes} classes, and {len(set(labels))} are "
                          f"named: {', '.join(labels)}")
     return labels
@@ -1457,14 +1478,12 @@ def toy_backbone():
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
     words = ["<s>", "<pad>", "</s>", "<unk>"]
-    words += [f"topic{i}" for i in range(70)]
-    words += [f"filler{i}" for i in range(50)]
-    words += [f"foreign{i}" for i in range(300)]
+    for kind, count in (("topic", 70), ("filler", 50), ("foreign", 300)):
+        words += [f"{kind}{i}" for i in range(count)]
     ids = {word: i for i, word in enumerate(words)}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    ends = [("<s>", 0), ("</s>", 2)]
-    core.post_processor = processors.TemplateProcessing("<s> $A </s>", None, ends)
+    core.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 0))   # <s> text </s>
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>",
                                         unk_token="<unk>", pad_token="<pad>")
     config = XLMRobertaConfig(
@@ -1506,7 +1525,7 @@ def transfer(cfg):
     """Sequential transfer (4.1): a source run, then each target alone, from its prompt and head."""
     target_configs = configs_of_targets(cfg)
     for target in target_configs:                  # before the source run, which takes long
-        read_task(target)
+        read_task(dataclasses.replace(target, init_from=""))
     if not cfg.init_from:
         run(dataclasses.replace(cfg, target=""), wait=True)
     for target in target_configs:
@@ -1516,11 +1535,10 @@ def transfer(cfg):
 def configs_of_targets(cfg):
     """The config of the run on each language of --target."""
     start = cfg.init_from or str(Path(cfg.out, run_name(dataclasses.replace(cfg, target=""))))
-    codes = groups.resolve(cfg.target, available_codes(cfg.data), f"--data {cfg.data}")
     return [dataclasses.replace(cfg, target=code, languages=code, init_from=start,
                                 steps=cfg.target_steps, warmup=cfg.target_warmup,
                                 dropout=cfg.target_dropout, patience=cfg.target_patience)
-            for code in codes]
+            for code in codes_of(cfg.target, cfg.data)]
 
 
 def finished(cfg):
@@ -1536,8 +1554,11 @@ def use_adapter(cfg):
     """--load: accuracy of an adapter per language; with --predict, a label for each line."""
     adapter = read_adapter(cfg.load)
     base = adapter.config.get("base_model_name_or_path") or "FacebookAI/xlm-roberta-large"
+    rows = [len(adapter.tensors.get(name, ())) for name in (adapter.free, adapter.pseudo)]
     cfg = dataclasses.replace(cfg, backbone=cfg.backbone or base, method="spt", xpe_ratio=None,
-                              prompt_length=max(1, adapter.length))
+                              prompt_length=max(1, sum(rows)),
+                              max_length=cfg.max_length or adapter.max_length
+                              or Config(toy=cfg.toy).max_length)
     backbone, tokenizer = backbone_of(cfg)
     model = load_adapter(cfg.load, backbone).cache_prompt()
     check_model(model, cfg)
@@ -1547,9 +1568,9 @@ def use_adapter(cfg):
         return encode(examples, labels, tokenizer, cfg.device, cfg.max_length)
 
     if not cfg.predict:
-        codes = groups.resolve(cfg.languages, available_codes(cfg.data), f"--data {cfg.data}")
+        codes = codes_of(cfg.languages, cfg.data)
         examples = load_examples(cfg.data, codes, "test", labels)
-        accuracy, _, _ = evaluate(model, encoded(examples), "test")
+        accuracy, _, _ = evaluate(model, encoded(examples))
         groups.print_result(dict(config=definition(cfg), accuracy=accuracy))
         return
     for lines in read_lines(cfg.predict):
@@ -1560,37 +1581,28 @@ def use_adapter(cfg):
 
 
 def read_lines(path, size=256):
-    """Lists of lines of a UTF-8 file, or of standard input for "-".  Raises InputError."""
-    with as_input_error(f"--predict {path}: cannot be read"):
-        file = sys.stdin.buffer if path == "-" else open(path, "rb")
-    lines = []
-    with file:
-        for number, line in enumerate(file, 1):
-            try:
-                lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
-            except UnicodeDecodeError:
-                raise InputError(f"--predict {path}: line {number} is not UTF-8") from None
-            if len(lines) == size:
-                yield lines
-                lines = []
-    if lines:
-        yield lines
+    """Lists of lines, their ends cut off.  Raises InputError."""
+    lines = (line.rstrip("\r\n") for line in text_lines(path))
+    while some := list(itertools.islice(lines, size)):
+        yield some
 
 
 def benchmark(cfg):
     """--benchmark: a training step and an evaluation batch, beside the layers' products alone.
 
     Texts of 36 random tokens; medians of 5 rounds, after one to warm up, of 8 batches in turns; a
-    share is of the products' rate in the same round.  Operations are counted by torch.
+    share is of the products' rate.  Operations are counted by torch.
     """
+    cfg = dataclasses.replace(cfg, max_length=36)
     model, _ = build_model(cfg, groups.LABELS)
     optimizer = Adafactor(parameter_groups(model, cfg), cfg.lr)
     size, indices = cfg.batch_size, np.arange(cfg.batch_size)
     ids = torch.randint(5, 400, (size, 36), device=cfg.device)
     sentences = Sentences(ids, torch.ones_like(ids), ids[:, 0] % 7, np.full(size, 36), indices)
-    matrices = [p.detach() for p in model.backbone.encoder.parameters() if p.dim() == 2]
-    x = torch.randn(size * (cfg.prompt_length + 36), max(matrices[0].shape[0], *matrices[-1].shape),
-                    device=cfg.device, dtype=matrices[0].dtype)
+    matrices = [p.detach() for name, p in model.backbone.named_parameters()
+                if p.dim() == 2 and "embeddings" not in name]
+    widest = max(matrix.shape[1] for matrix in matrices)
+    x = matrices[0].new_empty(size * (cfg.prompt_length + 36), widest).normal_()
 
     def products():
         for matrix in matrices:
@@ -1605,14 +1617,13 @@ def benchmark(cfg):
         return predict(model, sentences)
 
     works = (products, training, evaluation)
-    rounds = np.array([[time_of(work) for work in works] for _ in range(6)])           # (6, 3)
-    rates = [count_operations(work) for work in works] / rounds[1:] / 1e9              # (5, 3)
-    shares = rates / rates[:, :1]
-    medians = np.median([rounds[1:], rates, shares], axis=1)                           # (3, 3)
-    print(f"a batch of {size:<5} {'ms':>8} {'sentences/s':>11} {'GFLOP/s':>8} share")
-    for work, (seconds, rate, share) in zip(works, medians.T):
+    rounds = [[time_of(work) for work in works] for _ in range(6)]         # (6, 3)
+    medians = np.median(rounds[1:], axis=0)                                # (3,)
+    rates = [count_operations(work) for work in works] / medians / 1e9
+    print(f"a batch of {size:<5}       ms sentences/s  GFLOP/s share")
+    for work, seconds, rate in zip(works, medians, rates):
         print(f"{work.__name__:<16} {1000 * seconds:8.1f} {size / seconds:11.1f} {rate:8.0f} "
-              f"{share:5.0%}")
+              f"{rate / rates[0]:5.0%}")
     print(f"peak memory {peak_memory(cfg.device) / 2**30:.2f} GiB; {cfg.dtype}, {cfg.device}")
 
 
@@ -1632,6 +1643,7 @@ def peak_memory(device):
     """The most bytes that were in use: on a GPU by torch, else by the whole process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    import resource                                # not on Windows
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most * (1024 if sys.platform == "linux" else 1)         # macOS counts bytes
 
@@ -1642,12 +1654,15 @@ HELP_GROUPS = {  # the settings from which on --help has another title
     "load": "instead of training"}
 
 
+WITH_LOAD = "load predict labels backbone data languages max_length device dtype toy out".split()
+
+
 def parse(argv=None):
     """The command line as a Config.  Raises InputError."""
     parser = argparse.ArgumentParser(
         usage="python xpe.py [--option value ...]   (below, the values are the defaults)",
-        description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
 
     def error(message):                            # argparse's own prints the usage too
         raise InputError(f"{message}; see --help")
@@ -1655,13 +1670,19 @@ def parse(argv=None):
     for field in dataclasses.fields(Config):
         if field.name in HELP_GROUPS:
             group = parser.add_argument_group(HELP_GROUPS[field.name])
-        flag, default = "--" + field.name.replace("_", "-"), field.metadata["default"]
+        default = field.metadata["default"]
+        kind = dict(type=field.type, metavar="..." if default in (None, "") else default)
         if field.type is bool:
-            group.add_argument(flag, action="store_true", help=field.metadata["text"])
-            continue
-        group.add_argument(flag, type=field.type, help=field.metadata["text"],
-                           metavar="..." if default in (None, "") else default)
-    return Config(**vars(parser.parse_args(argv)))
+            kind = dict(action="store_true")
+        group.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["text"], **kind)
+    said = vars(parser.parse_args(argv))
+    cfg = Config(**said)
+    for name in [name for name, value in said.items() if value]:
+        flag = "--" + name.replace("_", "-")
+        refuse({f"{flag} has no effect with --load": cfg.load and name not in WITH_LOAD,
+                f"{flag} has no effect without --target":
+                    name.startswith("target_") and not cfg.target})
+    return cfg
 
 
 def main(argv=None):
@@ -1676,6 +1697,8 @@ def start(cfg):
         job = use_adapter
     if cfg.benchmark:
         job = benchmark
+    if cfg.toy:
+        torch.set_num_threads(1)                   # more would wait for each other
     try:
         job(cfg)
     except RuntimeError as error:                  # torch has no type of its own for a CPU's memory
