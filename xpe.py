@@ -13,7 +13,7 @@ never trained on:
 
 Part I is the method, from the prompt to one whole run; Part II makes it fast,
 safe and handy.  Letters: B batch, T text length, P prompt length (the paper's
-n), H hidden size (d), C classes.  Numbers in brackets are the paper's sections.
+n), H hidden size (d), C classes.  Numbers like (4.4) are the paper's sections.
 Where the paper is silent or differs stands `PAPER section:` or `AUTHORS:`
 (their released program).
 """
