@@ -483,7 +483,8 @@ def print_result(result):
     for group, percents in tested.items():
         print(f"{group:<17} {len(percents):9d} {fmean(percents):8.1f}%")
     if result["config"].get("toy"):
-        print("A toy: these numbers mean nothing about real languages.")
+        print("A toy (synthetic languages or a random encoder): its numbers mean nothing about "
+              "real ones.")
 
 
 # -------------------------------------------------------------------------------------------- Runs
@@ -913,12 +914,12 @@ def draw_panel(axes, codes, curves, published):
 
 def plot(runs, path):
     """Every language as in Figure 2, sorted by DUAL-70; made to be read 900 pixels wide."""
+    heading, runs = choose_runs(runs)
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
 
-    heading, runs = choose_runs(runs)
     curves = {}  # method -> language -> percent
     for label in METHODS:
         scores = [run.accuracy for run in runs if run.label == label]
