@@ -411,7 +411,7 @@ def predict(model, sentences, title=""):
     with torch.no_grad(), progress_bar(title, sizes.sum()) as bar:
         for indices in batches:
             ids, mask, _ = sentences.batch(indices)
-            with fast(model):                      # Part II: the same results, sooner
+            with fast(model):                      # the same results, sooner: see Speed
                 parts.append(model(ids, mask))                             # (B, C)
             bar.update(sizes[indices].sum())
     order = np.argsort(np.concatenate(batches))
