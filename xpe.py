@@ -799,7 +799,8 @@ class RunFolder:
             above = above.parent
         if not (above.is_dir() and os.access(above, os.W_OK)):
             raise InputError(f"--out {cfg.out}: {above} is no folder that can be written to")
-        self.result() or self.checkpoint()         # refused before anything slow
+        if not self.result():
+            self.checkpoint()                      # another run's is refused before anything slow
 
     @contextlib.contextmanager
     def lock(self, wait=False):
@@ -1008,11 +1009,16 @@ def prompt_names(tensors):
     return free, pseudo
 
 
+def width(backbone):
+    """Size of the vectors that a backbone takes as its input, H with XLM-R."""
+    return backbone.get_input_embeddings().embedding_dim
+
+
 def load_adapter(folder, backbone):
     """A PromptedClassifier from our folder, PEFT's PROMPT_TUNING or P_TUNING, or the authors' own,
     whose prompt still has its encoder.  Raises InputError that names a tensor and both shapes."""
     adapter = read_adapter(folder)
-    hidden = backbone.get_input_embeddings().embedding_dim
+    hidden = width(backbone)
     if adapter.config["peft_type"] != OURS and backbone.config.model_type not in SAME_HEAD:
         raise InputError(f"{folder}: PEFT's head for {backbone.config.model_type} is not XLM-R's")
 
@@ -1217,11 +1223,6 @@ def set_precision(module, dtype):
         parameter.data = parameter.data.to(dtype)
 
 
-def width(backbone):
-    """Size of the vectors that a backbone takes as its input, H with XLM-R."""
-    return backbone.get_input_embeddings().embedding_dim
-
-
 def count_positions(backbone):
     """How many positions prompt and text may take, infinite where they are not numbered."""
     for name, module in backbone.named_modules():
@@ -1365,10 +1366,12 @@ def read_task(cfg):
     sources = codes_of(cfg.source, cfg.data)
     targets = codes_of(cfg.target or cfg.source, cfg.data)
     tested = codes_of(cfg.languages, cfg.data)
-    found = {example.label for example in load_examples(cfg.data, sources, "train")}
+    train = load_examples(cfg.data, sources, "train")
+    found = {example.label for example in train}
     known = set(groups.LABELS)
-    labels = sorted(known if found > known else found)     # an eighth in SIB-200 is a slip
-    train = load_examples(cfg.data, targets, "train", labels)
+    labels = sorted(known if found > known else found)
+    if targets != sources or found > known:        # an eighth label in SIB-200 is a slip
+        train = load_examples(cfg.data, targets, "train", labels)
     dev = load_examples(cfg.data, targets, "dev", labels)
     test = load_examples(cfg.data, tested, "test", labels)
     sentences = hashlib.sha256(repr((train, dev, test, labels)).encode()).hexdigest()[:12]
