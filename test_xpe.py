@@ -443,7 +443,7 @@ def test_cached_prompt_gives_the_same_and_needs_no_encoder(method):
 def toy_sentences(*codes):
     """The toy's test sentences, encoded."""
     examples = xpe.load_examples("toy", codes, "test")
-    return xpe.encode(examples, groups.LABELS, tokenizer(), "cpu", 32)
+    return xpe.tokenize(examples, groups.LABELS, tokenizer(), "cpu", 32)
 
 
 def test_two_models_share_a_backbone_in_two_threads():
@@ -1505,7 +1505,7 @@ def test_the_authors_library_writes_what_we_read(ratio, kind, tiny, tmp_path, ca
             load(tmp_path, tiny)
         return
     assert close(logits(load(tmp_path, tiny)), logits(theirs), 1e-5)
-    assert xpe.class_names(tmp_path) == SIB200_LABELS_TXT.split()
+    assert xpe.class_names(xpe.read_adapter(tmp_path)) == SIB200_LABELS_TXT.split()
     assert logits(theirs).std() > 0.1
 
 
@@ -2064,7 +2064,7 @@ def test_logits_by_hand_whatever_the_padding(name, length, pool, tmp_path):
         states = backbone(**inputs).last_hidden_state[:, length if pool == "bos" else 0]
         expected.append(model.head(states))
     expected = torch.cat(expected)
-    found = xpe.predict(model, xpe.encode(examples, ["a"], tokenizer))
+    found = xpe.predict(model, xpe.tokenize(examples, ["a"], tokenizer))
     assert (found - expected).abs().max() < 1e-4 * expected.std()
 
 
@@ -2390,7 +2390,7 @@ def test_one_bar_runs_over_all_epochs_of_a_resumed_run(monkeypatch, capsys):
     (["fra_Latn", "kab_Latn"], "dev: 2 languages |"), (["kab_Latn"], "dev: 1 language |")])
 def test_bar_of_an_evaluation_is_named_and_counts_tokens(codes, title, monkeypatch):
     examples = xpe.load_examples("toy", codes, "dev")
-    sentences = xpe.encode(examples, groups.LABELS, xpe.load_backbone("toy")[1])
+    sentences = xpe.tokenize(examples, groups.LABELS, xpe.load_backbone("toy")[1])
     on_terminal(monkeypatch)
     assert xpe.progress_bar("", 9).disable  # it has no title
     made = []

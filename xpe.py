@@ -359,17 +359,17 @@ class Sentences(NamedTuple):
         return self.ids[indices, :T], self.mask[indices, :T], self.classes[indices]
 
 
-def encode(examples, labels, tokenizer, device="cpu", max_length=164):
+def tokenize(examples, labels, tokenizer, device="cpu", max_length=164):
     """[Example] as Sentences; a class is the place of its label in `labels`."""
     texts = [example.text for example in examples]
-    encoded = tokenizer(texts, truncation=True, max_length=max_length, padding=True,
-                        return_attention_mask=True, return_tensors="pt")
-    lengths = encoded["attention_mask"].sum(1).numpy()
-    encoded = encoded.to(device)
+    tokens = tokenizer(texts, truncation=True, max_length=max_length, padding=True,
+                       return_attention_mask=True, return_tensors="pt")
+    lengths = tokens["attention_mask"].sum(1).numpy()
+    tokens = tokens.to(device)
     classes = [labels.index(example.label) for example in examples]
     classes = torch.tensor(classes, device=device)
     languages = np.array([example.code for example in examples])
-    return Sentences(encoded["input_ids"], encoded["attention_mask"], classes, lengths, languages)
+    return Sentences(tokens["input_ids"], tokens["attention_mask"], classes, lengths, languages)
 
 
 def epoch_batches(lengths, size, seed, epoch):
@@ -602,7 +602,7 @@ def run(cfg, wait=False):
 def train_and_test(model, tokenizer, cfg, task, folder):
     """The run itself: train on the sources, test in every language, leave the result."""
     sentences, dev, test = (
-        encode(examples, task.labels, tokenizer, cfg.device, cfg.max_length)
+        tokenize(examples, task.labels, tokenizer, cfg.device, cfg.max_length)
         for examples in (task.train, task.dev, task.test))
     trained = sum(p.numel() for p in trainable(model).values())
     share = trained / sum(p.numel() for p in model.parameters())
@@ -910,9 +910,11 @@ def read_checkpoint(path):
 # Prompt and head as PEFT loads them.  Needs json, torch, NamedTuple, Path, InputError, and the
 # sections The prompts and Files.
 
-HEAD = "base_model.classifier"                     # PEFT's name for the head
-ENCODER = "prompt_encoder."                        # the authors' name for what makes the prompt
-MLP = ENCODER + "xpe_head"                         # theirs for the MLP in it
+VECTORS = "prompt_embeddings"                      # PEFT's name for a prompt's vectors
+HEAD = "base_model.classifier"                     # and for the head
+FREE = "prompt_encoder.embedding.weight"           # AUTHORS: theirs for free vectors
+PSEUDO = "prompt_encoder.xpe_embedding.weight"     # AUTHORS: for a pseudo prompt
+MLP = "prompt_encoder.xpe_head"                    # AUTHORS: for the MLP behind it
 SAME_HEAD = ("camembert", "roberta", "xlm-roberta")                # where PEFT's head is this one
 OURS = "XPE_PROMPT"                                # peft_type elsewhere, which PEFT refuses
 
@@ -922,9 +924,16 @@ class Adapter(NamedTuple):
     config: dict                  # PEFT's adapter_config.json
     labels: list                  # names of the classes in order, [] where nobody knows
     max_length: int               # of its texts in tokens, 0 where nobody knows
-    tensors: dict                 # {name in the file: tensor}
-    free: str                     # name of the finished or free vectors, if there are any
-    pseudo: str                   # name of the pseudo prompt, if there is one
+    tensors: dict                 # {name: tensor}; finished and free vectors are VECTORS
+    of_authors: bool              # are names and order of the classes those of their programs?
+
+    def rows(self, name):
+        """The first dimension of a tensor, 0 where there is none."""
+        return sum(self.tensors[name].shape[:1]) if name in self.tensors else 0
+
+    def prompt_length(self):
+        """P: vectors that are free or finished, and those that are encoded."""
+        return self.rows(VECTORS) + self.rows(PSEUDO)
 
 
 def save_adapter(model, folder, base="", facts=None):
@@ -937,7 +946,7 @@ def save_adapter(model, folder, base="", facts=None):
     if model.pool != "first":
         raise InputError(f"PEFT's head reads position 0: pool {model.pool!r} is no adapter")
     prompt = model.eval().prompt()                 # without dropout
-    tensors = {"prompt_embeddings": prompt, **dict(model.head.named_parameters(HEAD))}
+    tensors = {VECTORS: prompt, **dict(model.head.named_parameters(HEAD))}
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
     backbone = model.backbone.config
     config = dict(
@@ -971,15 +980,19 @@ def read_adapter(folder):
         if config["peft_type"] not in ("PROMPT_TUNING", "P_TUNING", "XPE", OURS):
             raise TypeError(f"an adapter of type {config['peft_type']} holds no soft prompt")
         tensors = read_tensors(folder)
-        free, pseudo = prompt_names(tensors)
-        vectors = sum(len(tensors.get(name, ())) for name in (free, pseudo))
-        stated = config["num_virtual_tokens"]
-        if vectors and repr(stated) != repr(vectors):      # "4", 4.0, True are no number of them
-            raise ValueError(f"{vectors} vectors, where num_virtual_tokens is {stated!r}")
+        of_authors = VECTORS not in tensors
+        if FREE in tensors:
+            old = MLP + ".0.weight" in tensors and PSEUDO not in tensors
+            name = PSEUDO if old else VECTORS      # AUTHORS: XPE, before November 2025
+            tensors[name] = tensors.pop(FREE)
+        adapter = Adapter(config, labels, facts.get("max_length", 0), tensors, of_authors)
+        length, stated = adapter.prompt_length(), config["num_virtual_tokens"]
+        if length and repr(stated) != repr(length):        # "4", 4.0, True are no number of them
+            raise ValueError(f"{length} vectors, where num_virtual_tokens is {stated!r}")
         encoder = config.get("encoder_reparameterization_type", "MLP")
-        if pseudo in tensors and encoder != "MLP":
+        if PSEUDO in tensors and encoder != "MLP":
             raise TypeError(f"its prompt encoder is of type {encoder}, not an MLP")
-    return Adapter(config, labels, facts.get("max_length", 0), tensors, free, pseudo)
+    return adapter
 
 
 def read_tensors(folder):
@@ -999,16 +1012,6 @@ def read_tensors(folder):
     return tensors
 
 
-def prompt_names(tensors):
-    """(name of the finished or free vectors, name of the pseudo prompt) in an adapter."""
-    free, pseudo = ENCODER + "embedding.weight", ENCODER + "xpe_embedding.weight"
-    if free not in tensors and pseudo not in tensors:
-        return "prompt_embeddings", pseudo         # finished: PEFT's, ours
-    if pseudo not in tensors and MLP + ".0.weight" in tensors:
-        return pseudo, free                        # AUTHORS: XPE, before November 2025
-    return free, pseudo
-
-
 def width(backbone):
     """Size of the vectors that a backbone takes as its input, H with XLM-R."""
     return backbone.get_input_embeddings().embedding_dim
@@ -1018,19 +1021,16 @@ def load_adapter(folder, backbone):
     """A PromptedClassifier from our folder, PEFT's PROMPT_TUNING or P_TUNING, or the authors' own,
     whose prompt still has its encoder.  Raises InputError that names a tensor and both shapes."""
     adapter = read_adapter(folder)
-    hidden = width(backbone)
     if adapter.config["peft_type"] != OURS and backbone.config.model_type not in SAME_HEAD:
         raise InputError(f"{folder}: PEFT's head for {backbone.config.model_type} is not XLM-R's")
-
-    there = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
-    rows = {name: shape[0] for name, shape in there.items() if shape}
-    prompt = prompt_of(rows.get(adapter.free, 0), rows.get(adapter.pseudo, 0), hidden,
-                       mlp_hidden=rows.get(MLP + ".0.weight", 1))
-    model = PromptedClassifier(backbone, prompt, rows.get(HEAD + ".out_proj.weight", 1))
+    prompt = prompt_of(adapter.rows(VECTORS), adapter.rows(PSEUDO), width(backbone),
+                       mlp_hidden=adapter.rows(MLP + ".0.weight") or 1)
+    model = PromptedClassifier(backbone, prompt, adapter.rows(HEAD + ".out_proj.weight") or 1)
     model.to(backbone.device)
 
-    parameters = adapter_parameters(model, adapter)
+    parameters = named_as_adapter(model)
     here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    there = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
     wrong = [f"{name}: {there.get(name, 'missing')}, where {here.get(name, 'none')} is wanted"
              for name in sorted(here | there) if here.get(name) != there.get(name)]
     if wrong:
@@ -1040,14 +1040,14 @@ def load_adapter(folder, backbone):
     return model.eval()
 
 
-def adapter_parameters(model, adapter):
-    """{name in the adapter's file: parameter of the model}."""
+def named_as_adapter(model):
+    """{name in an Adapter: parameter of the model}."""
     found = dict(model.head.named_parameters(HEAD))
     for module in model.prompt.modules():
         if isinstance(module, SoftPrompt):
-            found[adapter.free] = module.vectors
+            found[VECTORS] = module.vectors
         if isinstance(module, CrossPromptEncoder):
-            found[adapter.pseudo] = module.pseudo_prompt
+            found[PSEUDO] = module.pseudo_prompt
             found.update(module.mlp.named_parameters(MLP))
     return found
 
@@ -1397,8 +1397,8 @@ def digest_of(folder):
     return digest.hexdigest()[:12]
 
 
-def backbone_of(cfg):
-    """A config's backbone and tokenizer.  Raises InputError where they do not serve it."""
+def build_model(cfg, labels):
+    """The model that a config starts from, and its tokenizer.  Raises InputError."""
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
     backbone, tokenizer = load_backbone(cfg.backbone, cfg.device, dtype)
     room = count_positions(backbone)
@@ -1409,12 +1409,6 @@ def backbone_of(cfg):
         f"--pool bos: texts begin with no special token in {cfg.backbone}":
             cfg.pool == "bos" and special[:1] != [1],
     })
-    return backbone, tokenizer
-
-
-def build_model(cfg, labels):
-    """The model that a config starts from, and its tokenizer.  Raises InputError."""
-    backbone, tokenizer = backbone_of(cfg)
     torch.manual_seed(cfg.seed)                    # before anything that is trained is built
     prompt = build_prompt(cfg.method, cfg.prompt_length, width(backbone), cfg.xpe_ratio,
                           mlp_hidden=cfg.mlp_hidden, dropout=cfg.dropout)
@@ -1436,7 +1430,7 @@ def start_from(folder, model, labels, cfg):
                         "has no encoder and goes on as --method spt"):
         if (folder / "adapter_config.json").exists():
             tensors = trainable(load_adapter(folder, model.backbone))
-            theirs = class_names(folder, cfg.labels)
+            theirs = class_names(read_adapter(folder), cfg.labels)
             made, encoder = dict(pool="first", source=cfg.source), digest_of(cfg.backbone)
         else:
             tensors = read_checkpoint(folder / "checkpoint.pt")["progress"]["best"]
@@ -1455,20 +1449,19 @@ def start_from(folder, model, labels, cfg):
         copy_into(model, tensors)
 
 
-def class_names(folder, said=""):
-    """The names of an adapter's classes, in order: those `said` (a,b,c), else its own, else guessed
+def class_names(adapter, said=""):
+    """The names of an Adapter's classes, in order: those `said` (a,b,c), else its own, else guessed
     with a note.  Raises InputError where they are not as many as its classes."""
-    adapter = read_adapter(folder)
     labels = [name.strip() for name in said.split(",")] if said else adapter.labels
-    if not labels and adapter.free != "prompt_embeddings":
+    if not labels and adapter.of_authors:
         labels = list(groups.SIB200_ORDER)         # AUTHORS: the data set's own, no alphabet
     if not labels:
         labels = sorted(groups.LABELS)
-        print(f"{folder} names no labels: SIB-200's are taken, in alphabetical order; --labels "
+        print("the adapter names no labels: SIB-200's are taken, in alphabetical order; --labels "
               "says others", file=sys.stderr)
-    classes = len(adapter.tensors[HEAD + ".out_proj.bias"])
+    classes = adapter.rows(HEAD + ".out_proj.bias")
     if not classes == len(labels) == len(set(labels)):
-        raise InputError(f"{folder}: its head has {classes} classes, and {len(set(labels))} are "
+        raise InputError(f"the adapter's head has {classes} classes, and {len(set(labels))} are "
                          f"named: {', '.join(labels)}")
     return labels
 
@@ -1556,29 +1549,28 @@ def finished(cfg):
 def use_adapter(cfg):
     """--load: accuracy of an adapter per language; with --predict, a label for each line."""
     adapter = read_adapter(cfg.load)
-    base = adapter.config.get("base_model_name_or_path") or "FacebookAI/xlm-roberta-large"
-    rows = [len(adapter.tensors.get(name, ())) for name in (adapter.free, adapter.pseudo)]
-    cfg = dataclasses.replace(cfg, backbone=cfg.backbone or base, method="spt", xpe_ratio=None,
-                              prompt_length=max(1, sum(rows)),
-                              max_length=cfg.max_length or adapter.max_length
-                              or Config(toy=cfg.toy).max_length)
-    backbone, tokenizer = backbone_of(cfg)
-    model = load_adapter(cfg.load, backbone).cache_prompt()
-    check_model(model, cfg)
-    labels = class_names(cfg.load, cfg.labels)
+    base = adapter.config.get("base_model_name_or_path")
+    of_adapter = dataclasses.replace(              # None: the default
+        cfg, load="", predict="", method="spt", xpe_ratio=None,
+        prompt_length=adapter.prompt_length() or None,
+        backbone=cfg.backbone or base or None,
+        max_length=cfg.max_length or adapter.max_length or None)
+    model, tokenizer = build_model(of_adapter, groups.LABELS)      # any head: its own comes next
+    model = load_adapter(cfg.load, model.backbone).cache_prompt()
+    labels = class_names(adapter, cfg.labels)
 
-    def encoded(examples):
-        return encode(examples, labels, tokenizer, cfg.device, cfg.max_length)
+    def sentences_of(examples):
+        return tokenize(examples, labels, tokenizer, cfg.device, of_adapter.max_length)
 
     if not cfg.predict:
         codes = codes_of(cfg.languages, cfg.data)
         examples = load_examples(cfg.data, codes, "test", labels)
-        accuracy, _, _ = evaluate(model, encoded(examples))
+        accuracy, _, _ = evaluate(model, sentences_of(examples))
         groups.print_result(dict(config=definition(cfg), accuracy=accuracy))
         return
     for lines in read_lines(cfg.predict):
         texts = [Example(line, labels[0], "", 0) for line in lines]
-        shares, classes = predict(model, encoded(texts)).softmax(-1).max(-1)
+        shares, classes = predict(model, sentences_of(texts)).softmax(-1).max(-1)
         for line, share, label in zip(lines, shares.tolist(), classes.tolist()):
             print(f"{labels[label]}\t{share:.4f}\t{line}" if line.strip() else f"\t\t{line}")
 
