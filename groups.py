@@ -29,8 +29,8 @@ from statistics import fmean, stdev
 
 # --------------------------------------------------------------------------------------- Languages
 # joshi: class of resource richness, 0 to 5 (Joshi et al., 2020).
-# seen: 1 if XLM-R was pretrained on it.  The flag is SIB-200's, as in the paper: by XLM-R's own
-# list, Tagalog would be seen and South Azerbaijani would not.
+# seen: 1 if XLM-R was pretrained on it.  AUTHORS: the flag is SIB-200's, as in the paper;
+# by XLM-R's own list, Tagalog would be seen and South Azerbaijani would not.
 # The rest are SIB-200's published accuracies, percent; a dash where there is none.
 # xlmr_large: XLM-R large, fine-tuned on the language itself.  zs_*: the same, on English, Arabic or
 # Chinese only (zero-shot).  gpt*: prompted without examples.
@@ -271,7 +271,7 @@ ENARZHO = ["arb_Arab", "eng_Latn", "zho_Hans"]
 JOSHI5 = [code for code, language in LANGUAGES.items() if language.joshi == 5]
 SEEN = [code for code, language in LANGUAGES.items() if language.seen]
 UNSEEN = [code for code, language in LANGUAGES.items() if not language.seen]
-# N'Ko alone has no score, which counts as 0 here: the authors' own list of 46 names it.
+# AUTHORS: N'Ko alone has no score, which counts as 0 here; their own list of 46 names it.
 LOW_PERFORMING = [code for code, language in LANGUAGES.items()
                   if (language.xlmr_large or 0) < LOW_PERFORMING_THRESHOLD]
 
@@ -371,6 +371,13 @@ class InputError(ValueError):
     """Something the user can mend; a program prints its one line and ends with exit code 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line, without the usage."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
 def expand(text, available):
     """Codes named by codes, sources, "full" or "all", joined by commas; each once, in order."""
     named = SOURCES | {"full": FULL_SUPERVISION_TARGETS, "all": available}
@@ -397,10 +404,10 @@ def one_line(text):
     return " ".join(str(text).split())
 
 
-def guarded(program, work, failures=()):
+def guarded(program, work):
     """Call work(); -> exit code: 0 done, 2 wrong input, 1 failed; one line on stderr for 1 and 2.
 
-    Failed is what is no bug: `failures`, further types of exceptions, beside the three named here.
+    What is none of the four types named here is a bug, and shows as one.
     """
     try:
         work()
@@ -408,7 +415,7 @@ def guarded(program, work, failures=()):
         return 0
     except InputError as error:
         code, message = 2, error
-    except (FloatingPointError, OSError, MemoryError, *failures) as error:
+    except (FloatingPointError, OSError, MemoryError) as error:
         code, message = 1, str(error) or type(error).__name__
     finally:
         silence_broken_stdout()
@@ -559,6 +566,8 @@ def load_run(path):
     # Each run on a target starts from another run: there this is no setting.
     free = (*NOT_SETTINGS, "init_from") if target else NOT_SETTINGS
     setting = tuple(f"{key}={config[key]}" for key in sorted(config) if key not in free)
+    encoder = result.get("digests", {}).get("encoder")  # another one may bear the same name
+    setting += (f"encoder={encoder}",)
     return Run(path.parent, label, kind, source, target, seed, config, setting, result["accuracy"])
 
 
@@ -949,15 +958,11 @@ def plot(runs, path):
 # ------------------------------------------------------------------------------------- Command line
 def parse(argv):
     """The command line.  Raises InputError for one that is wrong."""
-    parser = argparse.ArgumentParser(description="Compare runs with the paper, in Markdown tables.")
+    parser = Parser(description="Compare runs with the paper, in Markdown tables.")
     parser.add_argument("folder", nargs="?", default="runs", help="holds one folder per run [runs]")
     parser.add_argument("--csv", metavar="FILE", help="also write one row per run and language")
     parser.add_argument("--plot", metavar="FILE", help="also draw every language, to .png or .svg")
 
-    def error(message):  # argparse's own prints the usage too
-        raise InputError(f"{message}; see --help")
-
-    parser.error = error
     args = parser.parse_args(argv)
     if args.plot and not args.plot.endswith((".png", ".svg")):
         raise InputError(f"--plot {args.plot}: the name must end in .png or .svg")

@@ -85,6 +85,7 @@ run() {
   echo "--seed $seed"
 }
 
+# AUTHORS: SIB-200's own baseline has AdamW, a linear decay and 440 steps; this one has our loop.
 full() {                                                  # the whole encoder on the language $1
   local rate=(--lr 1e-5)
   [[ ! $toy ]] || rate=()                                 # its random encoder has further to go
@@ -158,7 +159,7 @@ for number, line in enumerate(lines, 1):
     except (Exception, SystemExit):
         finished = False
     if not finished:
-        print(f"{number}/{len(lines)} {line}", end="\0")'
+        print(f"{number}/{len(lines)} {line}", end="\0", flush=True)'
 
 one() {                                                   # "12/46 name", a tab, a command
   local label=${1%%$'\t'*} command=${1#*$'\t'} code=0
