@@ -21,7 +21,8 @@
 # A run of table3 trains its source run first if need be, and waits where another run is just
 # training it; with table1 done before, none has to.  Fine-tuning keeps its rate of 1e-5 whatever
 # --lr says, and fp32 whatever --dtype says, so with a small STEPS its rows mean little.
-# A run with XLM-R large leaves 13 to 18 MB (7 GB in all); fine-tuning needs 9 GB until it is done.
+# A run with XLM-R large leaves 13 to 18 MB (7 GB in all); fine-tuning writes 4.5 GB an epoch, and
+# needs 9 GB until it is done.
 #
 # On SLURM, one array a table, a run per task, submitted from this folder with Python's environment
 # active and what is to be set (SEEDS, OUT, ...) exported:
