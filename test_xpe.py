@@ -70,6 +70,19 @@ os.umask(UMASK)
 
 # ---------------------------------------------------------------------------------------- Helpers
 
+@pytest.fixture(scope="session", autouse=True)
+def signals_that_count():
+    """Tests started with nohup or behind & ignore these, and so would all that they start."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    for number, handler in zip(numbers, before):
+        if handler == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
 def call(*parts, toy=True):
     """Exit code of a toy command: texts are split into words, paths and numbers are one word."""
     argv = ["--toy"] if toy else []
