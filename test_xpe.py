@@ -2439,17 +2439,25 @@ def test_one_bar_runs_over_all_epochs_of_a_resumed_run(monkeypatch, capsys):
 
 @pytest.mark.parametrize("codes, title", [
     (["fra_Latn", "kab_Latn"], "dev: 2 languages |"), (["kab_Latn"], "dev: 1 language |")])
-def test_bar_of_an_evaluation_is_named_and_counts_tokens(codes, title, monkeypatch):
+def test_bar_of_an_evaluation_is_named_and_counts_batches(codes, title, monkeypatch):
     examples = xpe.load_examples("toy", codes, "dev")
     sentences = xpe.tokenize(examples, groups.LABELS, xpe.load_backbone("toy")[1])
     on_terminal(monkeypatch)
-    assert xpe.progress_bar("", 9).disable  # it has no title
+    assert xpe.progress_bar("", range(9)).disable  # it has no title
     made = []
     kept = xpe.progress_bar
     monkeypatch.setattr(xpe, "progress_bar", lambda *said: made.append(kept(*said)) or made[0])
     xpe.evaluate(model_of(), sentences, "dev")
     assert made[0].bar_format.startswith(title)
-    assert made[0].n == made[0].total == sum(sentences.lengths) + 6 * len(examples)
+    assert made[0].n == made[0].total == len(xpe.evaluation_batches(sentences.lengths, 6))
+
+
+def test_batches_of_an_evaluation_take_about_as_long():
+    """So the bar's time left, which counts batches, is right though the longest come first."""
+    lengths = np.random.default_rng(0).integers(5, 165, 41_820)
+    batches = xpe.evaluation_batches(lengths, 20)
+    positions = [len(batch) * (lengths[batch].max() + 20) for batch in batches[:-1]]
+    assert min(positions) > 0.95 * max(positions)
 
 
 def test_help_fits_in_80_columns(capsys, monkeypatch):

@@ -389,7 +389,8 @@ def epoch_batches(lengths, size, seed, epoch):
 
 
 def evaluation_batches(lengths, prompt_length, positions=4096):
-    """Indices (B,) of each batch, the longest first, of about so many positions each."""
+    """Indices (B,) of each batch, the longest first, of about so many positions each: each takes
+    about as long."""
     indices = np.argsort(-lengths, kind="stable")
     batches = []
     while len(indices):
@@ -409,16 +410,13 @@ def loss_of(logits, classes):
 def predict(model, sentences, title=""):
     """Logits (N, C) of all sentences, in their order; on a terminal a bar with this title."""
     model.eval()
-    prompt_length = len(model.prompt())
-    batches = evaluation_batches(sentences.lengths, prompt_length)
-    sizes = sentences.lengths + prompt_length
+    batches = evaluation_batches(sentences.lengths, len(model.prompt()))
     parts = []
-    with torch.no_grad(), progress_bar(title, sizes.sum()) as bar:
-        for indices in batches:
+    with torch.no_grad():
+        for indices in progress_bar(title, batches):
             ids, mask, _ = sentences.batch(indices)
             with fast(model):                      # the same results, sooner: see Speed
                 parts.append(model(ids, mask))                             # (B, C)
-            bar.update(sizes[indices].sum())
     order = np.argsort(np.concatenate(batches))
     return torch.cat(parts)[order]
 
@@ -688,14 +686,14 @@ def fast_dropout(x, p=0.5, training=True, inplace=False):
 
 # --------------------------------------------------------------------------------- What is printed
 
-def progress_bar(title, total, done=0):
-    """A bar, drawn once a second; none without a title, or where there is no terminal.
+def progress_bar(title, things=None, **counts):
+    """A bar over things, drawn once a second; none without a title, or where there is no terminal.
 
     The time left is by the mean speed, and so counts what comes between the steps.
     """
-    return tqdm(total=total, initial=done, leave=False, disable=None if title else True,
-                dynamic_ncols=True, miniters=1, mininterval=1, smoothing=0,
-                bar_format=title + " |{bar}| {elapsed}, left {remaining}{postfix}")
+    return tqdm(things, leave=False, disable=None if title else True, dynamic_ncols=True,
+                miniters=1, mininterval=1, smoothing=0,
+                bar_format=title + " |{bar}| {elapsed}, left {remaining}{postfix}", **counts)
 
 
 class Log:
@@ -711,7 +709,7 @@ class Log:
         self.curve = progress.curve
         self.last_step = time.monotonic()
         print(self.HEADER)
-        self.bar = progress_bar("step {n}/{total}", cfg.steps, progress.step)
+        self.bar = progress_bar("step {n}/{total}", total=cfg.steps, initial=progress.step)
 
     def step(self, loss, rate):
         """After each step; where the bar is drawn, the device is waited for."""
