@@ -1559,6 +1559,7 @@ prompt_embeddings                       | -     | missing | prompt_embeddings
 base_model.classifier.dense.bias        | -     | missing | base_model.classifier.dense.bias
 base_model.classifier.out_proj.weight   | -     | missing | base_model.classifier.out_proj.weight
 base_model.lora                         | 2     | base_model.lora | none is wanted
+prompt_encoder.embedding.weight         | 4 64  | prompt_encoder.embedding.weight | none is wanted
 base_model.classifier.out_proj.bias     | 8     | base_model.classifier.out_proj.bias | (8,) | (7,)
 prompt_embeddings                       | 5 64  | 5 vectors | num_virtual_tokens is 4
 prompt_embeddings                       | 4 32  | prompt_embeddings | (4, 32) | (4, 64)

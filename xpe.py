@@ -986,7 +986,7 @@ def read_adapter(folder):
             raise TypeError(f"an adapter of type {config['peft_type']} holds no soft prompt")
         tensors = read_tensors(folder)
         of_authors = VECTORS not in tensors
-        if FREE in tensors:
+        if of_authors and FREE in tensors:
             old = MLP + ".0.weight" in tensors and PSEUDO not in tensors
             name = PSEUDO if old else VECTORS      # AUTHORS: XPE, before November 2025
             tensors[name] = tensors.pop(FREE)
@@ -1177,7 +1177,7 @@ def load_pretrained(name, device, dtype):
         chunk_size_feed_forward=0,                 # the same numbers, for texts of every length
         gradient_checkpointing=False)              # it would go backward without FastOnCPU
     if torch.device(device).type == "cpu" and dtype == torch.bfloat16:
-        options["attn_implementation"] = "eager"      # there alone the fused one's gradient is slow
+        options["attn_implementation"] = "eager"   # there alone the fused one's gradient is slow
     backbone, report = AutoModel.from_pretrained(name, config=config, dtype=dtype,
                                                  output_loading_info=True, **options)
     if hasattr(backbone, "decoder"):               # of T5 and BART: the other half
