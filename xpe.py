@@ -1535,7 +1535,7 @@ def toy_rows(code, split):
 def transfer(cfg):
     """Sequential transfer (4.1): a source run, then each target alone, from its prompt and head."""
     # All that the targets need is read before the source run, which takes long.
-    read_task(dataclasses.replace(cfg, languages=cfg.target, init_from=""))
+    read_task(dataclasses.replace(cfg, languages=cfg.target))
     if not cfg.init_from:
         run(dataclasses.replace(cfg, target=""), wait=True)
     for target in configs_of_targets(cfg):
