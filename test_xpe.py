@@ -1792,7 +1792,8 @@ def test_readmes_adapter_runs_as_it_stands(copied):
     ids, mask, _ = names["batches"][0]
     names |= {"json": json, "Path": Path, "NamedTuple": NamedTuple}
     names |= {"InputError": type("InputError", (ValueError,), {})}
-    names |= {"contextlib": xpe.contextlib, "os": os}          # of the section Files
+    names |= {"contextlib": xpe.contextlib, "os": os, "sys": sys}
+    names["backbone"].config.name_or_path = "another"          # which is noted
     exec(section("Files"), names)
     exec(section("Adapters"), names)
     before = names["model"].cache_prompt()(ids, mask)

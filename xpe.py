@@ -909,7 +909,7 @@ def read_checkpoint(path):
 
 
 # ---------------------------------------------------------------------------------------- Adapters
-# Prompt and head as PEFT loads them.  Needs json, torch, NamedTuple, Path, InputError, and the
+# Prompt and head as PEFT loads them.  Needs json, sys, torch, NamedTuple, Path, InputError, and the
 # sections The prompts and Files.
 
 VECTORS = "prompt_embeddings"                      # PEFT's name for a prompt's vectors
