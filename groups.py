@@ -659,9 +659,9 @@ def bootstrap(leads):
     for n in sorted(set(counts)):
         same = np.flatnonzero(counts == n)
         stacked = np.concatenate([leads[place] for place in same])  # (L * S, T)
-        by_seed = draw(rng, n) @ stacked.T  # (DRAWS, T) @ (T, L * S) -> (DRAWS, L * S)
-        by_seed = by_seed.reshape(DRAWS, len(same), -1)  # (DRAWS, L, S)
-        means += np.einsum("dls,dl,ds->d", by_seed, languages[:, same], seeds)  # (DRAWS,)
+        drawn = draw(rng, n) @ stacked.T  # (DRAWS, T) @ (T, L * S) -> (DRAWS, L * S)
+        drawn = drawn.reshape(DRAWS, len(same), -1)  # (DRAWS, L, S)
+        means += np.einsum("dls,dl,ds->d", drawn, languages[:, same], seeds)  # (DRAWS,)
     return np.percentile(100 * means, [2.5, 97.5])
 
 
@@ -685,18 +685,18 @@ def leads_by_sentence(pairs, codes):
 
 def lead_cells(pairs, codes):
     """The mean lead with its interval, and the lead of each seed, of {seed: (Run, Run)}."""
-    by_seed = {}
+    leads = {}
     for seed, (ours, spt) in pairs.items():
-        by_seed[seed] = fmean(ours.accuracy[code] - spt.accuracy[code] for code in codes)
-    mean = f"{fmean(by_seed.values()):+.1f}"
-    each = ", ".join(f"s{seed} {lead:+.1f}" for seed, lead in by_seed.items())
+        leads[seed] = fmean(ours.accuracy[code] - spt.accuracy[code] for code in codes)
+    mean = f"{fmean(leads.values()):+.1f}"
+    each = ", ".join(f"s{seed} {lead:+.1f}" for seed, lead in leads.items())
 
-    leads = leads_by_sentence(pairs.values(), codes)
-    if leads is None:
+    sentences = leads_by_sentence(pairs.values(), codes)
+    if sentences is None:
         return mean, f"{each}; no interval: predictions.csv is missing"
     if len(pairs) == 1:
         return mean, f"{each}; no interval from one seed"
-    low, high = bootstrap(leads)
+    low, high = bootstrap(sentences)
     return f"{mean} [{low:+.1f}, {high:+.1f}]", each if len(pairs) <= 3 else f"{len(pairs)} seeds"
 
 
@@ -805,9 +805,9 @@ def supervised_scores(runs, label, codes):
 
 def table3(runs):
     """Full supervision: each language is tested by models that were trained on it."""
-    groups = (FULL_SUPERVISION_UNSEEN, FULL_SUPERVISION_SEEN, FULL_SUPERVISION_TARGETS)
+    targets = (FULL_SUPERVISION_UNSEEN, FULL_SUPERVISION_SEEN, FULL_SUPERVISION_TARGETS)
     rows = []
-    for (target, papers), codes in zip(TABLE3.items(), groups):
+    for (target, papers), codes in zip(TABLE3.items(), targets):
         for label, paper in zip(("Full", "DUAL-70"), papers):
             scores = supervised_scores(runs, label, codes)
             found = set().union(*scores.values())
