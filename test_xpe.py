@@ -454,7 +454,7 @@ def test_cached_prompt_gives_the_same_and_needs_no_encoder(method):
 
 
 def toy_sentences(*codes):
-    """The toy's test sentences, encoded."""
+    """The toy's test sentences, tokenized."""
     examples = xpe.load_examples("toy", codes, "test")
     return xpe.tokenize(examples, groups.LABELS, tokenizer(), "cpu", 32)
 

@@ -1433,6 +1433,7 @@ def start_from(folder, model, labels, cfg):
     """Put prompt and head of a finished run, or of an adapter, into a model (--init-from)."""
     folder = Path(folder)
     where = f"--init-from {folder}: "
+    encoder = digest_of(cfg.backbone)
     with as_input_error(where + "does not fit",
                         "; a run must be finished, --method and length the same; a finished prompt "
                         "has no encoder and goes on as --method spt"):
@@ -1441,15 +1442,16 @@ def start_from(folder, model, labels, cfg):
             tensors = trainable(load_adapter(folder, model.backbone))
             theirs = class_names(adapter, cfg.labels)
             made = dict(pool="first", source=",".join(adapter.languages) or cfg.source)
-            encoder = digest_of(cfg.backbone)      # nobody knows
+            made_with = encoder                    # nobody knows
         else:
             tensors = read_checkpoint(folder / "checkpoint.pt")["progress"]["best"]
             result = json.loads((folder / "result.json").read_bytes())
-            theirs, made, encoder = result["labels"], result["config"], result["digests"]["encoder"]
+            theirs, made = result["labels"], result["config"]
+            made_with = result["digests"]["encoder"]
         refuse({
             where + "it was trained with --source {source} --pool {pool}".format(**made):
                 made["pool"] != cfg.pool or cfg.target and other_source(made["source"], cfg),
-            where + "it was trained with another encoder": encoder != digest_of(cfg.backbone),
+            where + "it was trained with another encoder": made_with != encoder,
             where + f"its labels are {', '.join(theirs)}, not {', '.join(labels)}":
                 set(theirs) != set(labels),
         })
