@@ -11,15 +11,15 @@ never trained on:
     python xpe.py --method dual --xpe-ratio 0.7   # a run of the paper's Table 1
     python xpe.py --backbone DIR --data DIR       # a local encoder, local files
 
-In low-performing languages the first ends at 39.9 % and, by the paper, the
-second at 37.3 %, the mean of ten seeds.  Not in here: other tasks than sorting
-texts into classes, decoders, several GPUs.
+In low-performing languages the toy ends at 39.9 %, which means nothing about
+real ones; the paper has 37.3 % for the second, the mean of ten seeds.  Not in
+here: other tasks than text classification, decoders, training on several GPUs.
 
-Part I is the method, from the prompt to one whole run; Part II makes it fast,
-safe and handy.  Letters: B batch, T text length, P prompt length, H hidden
-size (the paper's d), C classes.  Numbers like (4.4) are the paper's sections.
-Where the paper is silent or differs stands `PAPER section:` or `AUTHORS:`
-(their released program).
+Part I is the method, from the prompt to whole runs; Part II makes it fast, safe
+and convenient.  Letters: B batch, T text length, P prompt length, H hidden size
+(the paper's d), C classes.  Numbers like (4.4) are the paper's sections.  The
+tags `PAPER section:` and `AUTHORS:` (their released program) stand where the
+paper is silent, or where the two differ.
 """
 import argparse
 import contextlib
@@ -52,7 +52,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # ==================================================================================================
-# Part I: the method.  Whoever stops at its end has read all that the paper says.
+# Part I: the method.  Whoever stops at its end has read all that the paper says of it; which
+# languages are in its groups (4.2) stands in groups.py.
 # ==================================================================================================
 
 
@@ -60,7 +61,8 @@ from tqdm import tqdm
 # Sections 3.1 and 3.2, and the classifier around them.  To copy it alone: `import torch`, `from
 # torch import nn`, `from torch.nn import functional as F`.
 
-# Of the prompt, what is encoded: 0.3 makes dual DUAL-30; full, the baseline, has no prompt at all.
+# The share of the prompt that is encoded.  DUAL-30 is dual with 0.3; full, the baseline that trains
+# the backbone itself, has a prompt of length 0.
 SHARES = {"spt": 0.0, "dual": 0.7, "xpe": 1.0, "full": 0.0}
 POOLS = {  # what the head reads of the states (B, P + T, H) and their mask (B, P + T) -> (B, H)
     "first": lambda states, mask, P: states[:, 0],         # AUTHORS: like PEFT, a virtual token
@@ -81,8 +83,7 @@ class SoftPrompt(nn.Module):
         self.vectors = nn.Parameter(torch.randn(length, hidden))           # AUTHORS: N(0, 1)
 
     def forward(self, batch_size=None):
-        # clone: torch's counter of operations cannot follow a mere view of a parameter
-        return for_batch(self.vectors.clone(), batch_size)                 # (B, P, H)
+        return for_batch(self.vectors, batch_size)                         # (B, P, H)
 
 
 class CrossPromptEncoder(nn.Module):
@@ -94,7 +95,7 @@ class CrossPromptEncoder(nn.Module):
     def __init__(self, length, hidden, mlp_hidden=256, dropout=0.1):
         super().__init__()
         self.pseudo_prompt = nn.Parameter(torch.randn(length, hidden))     # AUTHORS: N(0, 1)
-        self.mlp = nn.Sequential(            # AUTHORS: "two layers" are three Linears
+        self.mlp = nn.Sequential(            # AUTHORS: three Linears
             nn.Linear(hidden, mlp_hidden),
             nn.ReLU(),
             nn.Dropout(dropout),
@@ -139,7 +140,7 @@ def build_prompt(method, length, hidden, ratio=0.7, **prompt_encoder):
 
 
 def prompt_of(free, encoded, hidden, **prompt_encoder):
-    """A prompt of so many free vectors, and behind them so many encoded ones."""
+    """A prompt of `free` free vectors, then `encoded` encoded ones."""
     if encoded == 0:
         return SoftPrompt(free, hidden)
     cross = CrossPromptEncoder(encoded, hidden, **prompt_encoder)
@@ -261,26 +262,28 @@ def cosine_with_restarts(step, warmup, total, cycles=2):
 
 # ---------------------------------------------------------------------------------- Configuration
 
-def setting(default, text, **said):
+def setting(default, text, **facts):
     """A field of Config: `text` (unit, section) is its help; numbers lie in [least, below).
 
-    The field starts as None, for which check_settings puts the default (with --toy, `toy`): so
-    what somebody said is told from what nobody said.  defines: does it define a run?
+    The field starts as None, and check_settings fills in its default (with --toy, `toy`), so that
+    a value that was given can be told from a default.  defines: is it part of a run's identity?
     """
-    facts = dict(text=text, default=default, toy=default, choices=(), least=0, below=2**40,
+    usual = dict(text=text, default=default, toy=default, choices=(), least=0, below=2**40,
                  defines=True)
-    return dataclasses.field(default=None, metadata=facts | said)
+    return dataclasses.field(default=None, metadata=usual | facts)
 
 
 @dataclasses.dataclass
 class Config:
     """Everything about a run.  The command line is made from it: `prompt_lr` is `--prompt-lr`.
 
-    Raises InputError for a value out of bounds, and for values that contradict each other.
+    Defaults that depend on method, recipe or toy are filled in when it is made: to change one of
+    these make a new Config, instead of dataclasses.replace.  Raises InputError for a value out of
+    bounds, and for values that contradict each other.
     """
 
     # The method
-    method: str = setting("dual", "spt, xpe, dual (3), or full fine-tuning", choices=SHARES)
+    method: str = setting("dual", "spt, xpe, dual (3), or full: fine-tune all", choices=SHARES)
     xpe_ratio: float = setting(None, "encoded share of a dual prompt, in (0, 1) [0.7] (4.3)")
     prompt_length: int = setting(None, "virtual tokens P [20] (4.4)")
     mlp_hidden: int = setting(256, "width of the prompt encoder (AUTHORS)", least=1)
@@ -301,7 +304,7 @@ class Config:
 
     # The training
     steps: int = setting(24_000, "optimization steps (4.4)", toy=300)
-    batch_size: int = setting(32, "sentences a step (4.4)", least=1)
+    batch_size: int = setting(32, "sentences per step (4.4)", least=1)
     lr: float = setting(5e-5, "peak learning rate of prompt encoder and head (4.4)", toy=3e-3)
     prompt_lr: float = setting(5e-3, "peak learning rate of the free vectors (4.4)", toy=5e-2)
     weight_decay: float = setting(None, "of encoder and head [0.1; 0.01 if released] (4.4)")
@@ -354,11 +357,11 @@ class Sentences(NamedTuple):
     ids: torch.Tensor             # (N, L) token ids, right-padded
     mask: torch.Tensor            # (N, L) 1 on tokens, 0 on padding
     classes: torch.Tensor         # (N,) class numbers
-    lengths: np.ndarray           # (N,) tokens, on the host: no width is asked of the device
+    lengths: np.ndarray           # (N,) tokens, on the CPU: a width waits for no GPU
     languages: np.ndarray         # (N,) codes
 
     def batch(self, indices):
-        """Sentences (B,) -> ids (B, T), mask (B, T), classes (B,); T is the longest's, in fours."""
+        """Sentences (B,) -> ids (B, T), mask (B, T), classes (B,); T is a multiple of 4."""
         T = -(-int(self.lengths[indices].max()) // 4) * 4
         indices = torch.as_tensor(indices).to(self.ids.device, non_blocking=True)
         return self.ids[indices, :T], self.mask[indices, :T], self.classes[indices]
@@ -381,7 +384,7 @@ def epoch_batches(lengths, size, seed, epoch):
     """Indices (B,) of each batch, similar lengths together (AUTHORS); decided by seed and epoch."""
     rng = np.random.default_rng((seed, epoch))
     indices = rng.permutation(len(lengths))
-    batches_a_pool = min(50, max(1, len(indices) // (4 * size)))
+    batches_a_pool = min(50, max(1, len(indices) // (4 * size)))   # AUTHORS: as in transformers
     pool = np.arange(len(indices)) // (size * batches_a_pool)
     indices = indices[np.lexsort((-lengths[indices], pool))]       # by length within each pool
     batches = [indices[at:at + size] for at in range(0, len(indices), size)]
@@ -389,8 +392,8 @@ def epoch_batches(lengths, size, seed, epoch):
 
 
 def evaluation_batches(lengths, prompt_length, positions=4096):
-    """Indices (B,) of each batch, the longest first, of about so many positions each: each takes
-    about as long."""
+    """Indices (B,) of each batch, the longest sentences first; all hold about as many `positions`,
+    prompt and padding included, and so take about as long."""
     indices = np.argsort(-lengths, kind="stable")
     batches = []
     while len(indices):
@@ -457,7 +460,7 @@ def parameter_groups(model, cfg):
 
 
 def set_rates(optimizer, step, cfg):
-    """Set the rates of this step, from 0; -> the one of prompt encoder and head."""
+    """Set the learning rates of `step`, from 0; -> that of prompt encoder and head."""
     warmup = math.ceil(cfg.warmup * cfg.steps)
     factor = cosine_with_restarts(step, warmup, cfg.steps, cfg.cycles)
     for group in optimizer.param_groups:
@@ -505,7 +508,7 @@ class Progress:
 
     def finished(self, cfg):
         """All steps are made, or the dev loss has not fallen for so many epochs (4.4)."""
-        # PAPER 4.4: after the first cycle.  AUTHORS: the epochs from half-time on, among themselves
+        # PAPER 4.4: after the first cycle.  AUTHORS: only epochs from half of the steps on count
         late = [epoch["dev_loss"] for epoch in self.curve if epoch["step"] >= cfg.steps // 2]
         waited = len(late) - 1 - late.index(min(late)) if late else 0
         return bool(self.curve) and (self.step >= cfg.steps or waited >= cfg.patience)
@@ -540,8 +543,8 @@ def losses_of_epoch(losses, batches, sentences, step):
 def train(model, sentences, dev, cfg, folder=None, test_tokens=0):
     """Train on Sentences, keep what is best on the Sentences `dev`; -> Progress.
 
-    An evaluation and a checkpoint in `folder` (a RunFolder) end each epoch; a checkpoint that is
-    there is gone on from, to the last bit.  test_tokens: how many are tested later, for the
+    An evaluation and a checkpoint in `folder` (a RunFolder) end each epoch; from a checkpoint that
+    is there the training is resumed, bit for bit.  test_tokens: how many are tested later, for the
     estimate of the time left.  Raises FloatingPointError where a loss is not finite.
     """
     optimizer = Adafactor(parameter_groups(model, cfg), cfg.lr)
@@ -580,7 +583,7 @@ def train(model, sentences, dev, cfg, folder=None, test_tokens=0):
     return progress
 
 
-# ----------------------------------------------------------------------------------------- One run
+# -------------------------------------------------------------------------------------------- Runs
 
 def run(cfg, wait=False):
     """One run, from its config to result.json; -> the result.  A finished run is only reported.
@@ -614,7 +617,8 @@ def train_and_test(model, tokenizer, cfg, task, folder):
     share = trained / sum(p.numel() for p in model.parameters())
     most = dev.classes.bincount().max() / len(task.dev)
     print(f"{trained:,} parameters train ({share:.2%}) on {len(task.train):,} sentences of "
-          f"{len(task.labels)} classes, the largest {most:.1%} of dev; {cfg.dtype}, {cfg.device}")
+          f"{len(task.labels)} classes, the most frequent {most:.1%} of dev; {cfg.dtype}, "
+          f"{cfg.device}")
 
     progress = train(model, sentences, dev, cfg, folder, test.lengths.sum())
     model.cache_prompt()
@@ -630,8 +634,27 @@ def train_and_test(model, tokenizer, cfg, task, folder):
     ))
 
 
+def transfer(cfg):
+    """Sequential transfer (4.1): a source run, then each target alone, from its prompt and head."""
+    # All that the targets need is read before the source run, which takes long.
+    read_task(dataclasses.replace(cfg, languages=cfg.target))
+    if not cfg.init_from:
+        run(dataclasses.replace(cfg, target=""), wait=True)
+    for target in configs_of_targets(cfg):
+        run(target)
+
+
+def configs_of_targets(cfg):
+    """The config of the run on each language of --target."""
+    start = cfg.init_from or str(Path(cfg.out, run_name(dataclasses.replace(cfg, target=""))))
+    return [dataclasses.replace(cfg, target=code, languages=code, init_from=start,
+                                steps=cfg.target_steps, warmup=cfg.target_warmup,
+                                dropout=cfg.target_dropout, patience=cfg.target_patience)
+            for code in codes_of(cfg.target, cfg.data)]
+
+
 # ==================================================================================================
-# Part II: what makes it fast, safe and handy.  Nothing in it is needed to understand the method.
+# Part II: what makes it fast, safe and convenient.  The method is understood without it.
 # ==================================================================================================
 
 
@@ -789,7 +812,7 @@ def definition(cfg):
 
 def run_name(cfg):
     """The name of a run's folder, such as dual70-joshi5-s0 or toy-xpe-eng_Latn-kab_Latn-s1."""
-    share = round(100 * cfg.xpe_ratio) if cfg.method == "dual" else ""
+    share = f"{100 * cfg.xpe_ratio:g}" if cfg.method == "dual" else ""
     kind = "toy" if cfg.toy else ""
     parts = [kind, f"{cfg.method}{share}", cfg.source[:100], cfg.target[:100], f"s{cfg.seed}"]
     return "-".join(part for part in parts if part).replace(",", "+")
@@ -847,7 +870,7 @@ class RunFolder:
         return content
 
     def resume(self, model, optimizer):
-        """Put the checkpoint, if any, into model, optimizer and torch's dice; -> Progress."""
+        """Put the checkpoint, if any, into model, optimizer and torch's generators; -> Progress."""
         checkpoint = self.checkpoint()
         if not checkpoint:
             return Progress()
@@ -1095,8 +1118,9 @@ def checked(field, value):
     if choices and value not in choices:
         raise InputError(f"{flag} {value!r}: choose from {', '.join(choices)}")
     if field.type in (int, float):
-        if not least <= value < below or field.type(value) != value:
-            raise InputError(f"{flag} {value}: must be of type {field.type.__name__} and lie in "
+        wrong = isinstance(value, str) or not least <= value < below
+        if wrong or field.type(value) != value:
+            raise InputError(f"{flag} {value!r}: must be of type {field.type.__name__} and lie in "
                              f"[{least}, {below})")
     return field.type(value)
 
@@ -1378,7 +1402,7 @@ def read_task(cfg):
     found = {example.label for example in train}
     known = set(groups.LABELS)
     labels = sorted(known if found > known else found)
-    if targets != sources or found > known:        # an eighth label in SIB-200 is a slip
+    if targets != sources or found > known:        # an eighth label in SIB-200 is an error
         train = load_examples(cfg.data, targets, "train", labels)
     dev = load_examples(cfg.data, targets, "dev", labels)
     test = load_examples(cfg.data, tested, "test", labels)
@@ -1534,25 +1558,6 @@ def toy_rows(code, split):
 
 # ---------------------------------------------------------------------------- Jobs and command line
 
-def transfer(cfg):
-    """Sequential transfer (4.1): a source run, then each target alone, from its prompt and head."""
-    # All that the targets need is read before the source run, which takes long.
-    read_task(dataclasses.replace(cfg, languages=cfg.target))
-    if not cfg.init_from:
-        run(dataclasses.replace(cfg, target=""), wait=True)
-    for target in configs_of_targets(cfg):
-        run(target)
-
-
-def configs_of_targets(cfg):
-    """The config of the run on each language of --target."""
-    start = cfg.init_from or str(Path(cfg.out, run_name(dataclasses.replace(cfg, target=""))))
-    return [dataclasses.replace(cfg, target=code, languages=code, init_from=start,
-                                steps=cfg.target_steps, warmup=cfg.target_warmup,
-                                dropout=cfg.target_dropout, patience=cfg.target_patience)
-            for code in codes_of(cfg.target, cfg.data)]
-
-
 def finished(cfg):
     """Is all that a config asks for there already?  What would be refused is not finished."""
     try:
@@ -1607,6 +1612,8 @@ def benchmark(cfg):
     """
     cfg = dataclasses.replace(cfg, max_length=36)
     model, _ = build_model(cfg, groups.LABELS)
+    trained = PromptedClassifier(model.backbone, model.prompt, len(groups.LABELS), cfg.pool)
+    trained.to(cfg.device).cache_prompt()          # what a run tests
     optimizer = Adafactor(parameter_groups(model, cfg), cfg.lr)
     size, indices = cfg.batch_size, np.arange(cfg.batch_size)
     ids = torch.randint(5, 400, (size, 36), device=cfg.device)
@@ -1626,7 +1633,7 @@ def benchmark(cfg):
         return train_step(model, sentences.batch(indices), optimizer, cfg.clip)
 
     def evaluation():
-        return predict(model, sentences)
+        return predict(trained, sentences)
 
     works = (products, training, evaluation)
     rounds = [[time_of(work) for work in works] for _ in range(6)]         # (6, 3)
