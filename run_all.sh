@@ -20,8 +20,8 @@
 #
 # A run of table3 trains its source run first if need be, and waits where another run is just
 # training it; with table1 done before, none has to.  Fine-tuning keeps its rate of 1e-5 whatever
-# --lr says, and fp32 whatever --dtype says, so with a small STEPS its rows mean little.
-# A run with XLM-R large leaves 13 to 18 MB (7 GB in all); fine-tuning writes 4.5 GB an epoch, and
+# --lr says, fp32 whatever --dtype says, and no prompt; so with a small STEPS its rows mean little.
+# A run with XLM-R large leaves 14 to 19 MB (7 GB in all); fine-tuning writes 4.5 GB an epoch, and
 # needs 9 GB until it is done.
 #
 # On SLURM, one array a table, a run per task, submitted from this folder with Python's environment
@@ -75,6 +75,7 @@ steps=${steps//_/}
 for setting in "STEPS=$steps" "JOBS=$jobs" "${seeds[@]/#/SEEDS=}" ${SLURM_ARRAY_TASK_ID:+"task=$SLURM_ARRAY_TASK_ID"}; do
   [[ ${setting#*=} =~ ^(0|[1-9][0-9]*)$ ]] || { say "$setting is not a whole number"; exit 2; }
 done
+((jobs > 0 && steps >= 4)) || { say "JOBS=$jobs, STEPS=$steps: one at least, and four"; exit 2; }
 few=$((steps / 4))                                        # for a target, and for fine-tuning
 
 # --------------------------------------------------------------------------------------- The grid
@@ -91,7 +92,7 @@ full() {                                                  # the whole encoder on
   local rate=(--lr 1e-5)
   [[ ! $toy ]] || rate=()                                 # its random encoder has further to go
   run "full-$1" --method full --source "$1" --steps $few \
-    ${rate[@]+"${rate[@]}"} --dtype fp32 "${@:2}"
+    ${rate[@]+"${rate[@]}"} --dtype fp32 --prompt-length 0 "${@:2}"
 }
 
 table1() {                                                # and Figure 2

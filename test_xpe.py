@@ -15,6 +15,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import gzip
 import io
 import itertools
 import json
@@ -2195,7 +2196,7 @@ def test_grid_lists_the_runs_of_the_paper():
     methods = "spt", "dual --xpe-ratio 0.3", "dual --xpe-ratio 0.7", "xpe"
     table1 = [f"{start} {method} --source {source} --seed {seed}"
               for method in methods for source in groups.SOURCES for seed in range(10)]
-    few = "--steps 6000 --lr 1e-5 --dtype fp32"
+    few = "--steps 6000 --lr 1e-5 --dtype fp32 --prompt-length 0"
     table2 = [f"{start} full --source {source} {few} --seed {seed}"
               for source in ("eng_Latn", "arb_Arab", "zho_Hans") for seed in range(6)]
     after_joshi5 = f"{start} dual --xpe-ratio 0.7 --source joshi5 --target"
@@ -2218,7 +2219,7 @@ def test_grid_lists_each_table_for_any_seeds():
 @parametrize("line", [
     "bash {} --list --steps 3", "bash {} --list --seed=1", "bash {} --list --out 3",
     "bash {} --list --method 3", "bash {} --list --source=seen", "bash {} --list tabel1",
-    "STEPS=m bash {} --list --clip 3"])
+    "STEPS=m bash {} --list --clip 3", "STEPS=3 bash {} --list", "JOBS=0 bash {} --list"])
 def test_grid_refuses_what_it_sets_itself(line):
     code, error = ended(spawn("bash", "-c", line.format(HERE / "run_all.sh")))
     assert code == 2
@@ -2459,7 +2460,7 @@ def save(empty_folder):
     A number stands for all the languages.  `right`, the answers of each sentence in order, leaves
     predictions.csv too, where each label is a, and then gives the accuracy.
     """
-    def save(name, accuracy, right=None, encoder=None, **config):
+    def save(name, accuracy, right=None, digests={}, **config):
         defaults = dict(method="spt", xpe_ratio=0.0, source="joshi5", target="", seed=0,
                         toy=False, steps=100, backbone="b", languages="all")
         if not isinstance(accuracy, dict):
@@ -2472,7 +2473,7 @@ def save(empty_folder):
                      for row, answer in enumerate(answers)]
             text = "language,row,label,predicted\n" + "".join(lines)
             (folder / "predictions.csv").write_text(text)
-        run = dict(config=defaults | config, accuracy=accuracy, digests=dict(encoder=encoder))
+        run = dict(config=defaults | config, accuracy=accuracy, digests=digests)
         (folder / "result.json").write_text(json.dumps(run))
     return save
 
@@ -2508,7 +2509,7 @@ def test_paired_difference_without_predictions_claims_no_interval(save, rows):
     save("b", 10.0, seed=1)
     save("c", 90.0, seed=5, **DUAL)                # no seed in common: no row
     save("x", dict.fromkeys(groups.LANGUAGES, 50.0) | half, method="xpe")
-    lead = "s0 +2.0; no interval: predictions.csv is missing"
+    lead = "s0 +2.0; no interval: predictions.csv is missing or of another length"
     note = "+2.03 ± 1.34 (paper +3.1)"
     assert rows("XPE - SPT", "joshi5", LOW) == [["+2.0", lead, note]]
     assert rows("DUAL-70 - SPT") == []
@@ -2581,11 +2582,21 @@ def test_predictions_of_another_run_are_refused(row, save):
         run.answers
 
 
+def test_damaged_packed_predictions_are_refused(save):
+    save("a", {}, {"en": [1, 0]})
+    path = Path("runs/a/predictions.csv")
+    Path("runs/a/predictions.csv.gz").write_bytes(gzip.compress(path.read_bytes())[:-9])
+    path.unlink()
+    (run,) = groups.load_runs("runs")
+    with pytest.raises(groups.InputError, match="a/predictions.csv.gz: .*EOFError"):
+        run.answers
+
+
 def test_settings_are_kept_apart_and_languages_must_be_whole(save, capsys, rows):
     save("a", 50.0)
     save("b", 60.0, seed=1, steps=200)
     save("c", dict.fromkeys(groups.UNSEEN, 70.0), seed=3, languages="some")
-    save("e", 65.0, seed=1, encoder="another")    # of the same name
+    save("e", 65.0, seed=1, digests=dict(encoder="another"))       # of the same name
     save("t", 1.0, seed=2, steps=200, toy=True)
     of_all = [row[0].split(" · ")[0] for row in rows(ALL, "joshi5")]
     assert of_all == ["50.0 (1)", "60.0 (1)", "65.0 (1)", "1.0 (1)"]
@@ -2616,13 +2627,39 @@ def test_full_supervision(save, rows):
     assert rows("All", "DUAL-70") == [["2 of 46", both, "76.3"]]
 
 
-def test_own_languages_have_a_table(save, rows):
+def test_targets_that_started_from_other_steps_are_not_averaged(save, rows):
+    for seed, steps in enumerate((20, 300)):
+        save(f"s{seed}", 50.0, steps=steps, seed=seed, **DUAL)
+        save(f"t{seed}", {"kab_Latn": 50.0 + seed}, seed=seed, target="kab_Latn",
+             init_from=f"s{seed}", **DUAL)
+    scores = {row[1].split(" · ")[0] for row in rows("All", "DUAL-70")}
+    assert scores == {"50.0 (1)", "51.0 (1)"}
+
+
+def test_runs_on_other_sentences_are_not_compared(save, rows, refused):
+    save("a", 50.0, digests=dict(sentences="1"))
+    save("b", {"xx": 50.0}, seed=9, languages="xx", digests=dict(sentences="2"))
+    save("c", 60.0, seed=1, method="xpe", digests=dict(sentences="1"))
+    assert rows(LOW, "joshi5") != []
+    save("d", 60.0, seed=2, method="xpe", digests=dict(sentences="3"))
+    refused("runs/a and runs/d read other sentences", main=groups.main)
+
+
+@parametrize("ratio, label", [(0.3, "DUAL-30"), (0.29, "DUAL-29"), (0.299, "DUAL-29.9")])
+def test_ratios_that_are_not_the_papers_have_names_of_their_own(ratio, label):
+    assert groups.label_of("dual", ratio) == label
+
+
+def test_every_run_has_a_row_also_without_a_cell_in_the_paper(save, rows, refused):
     save("a", {"xx": 50.0, "yy|y": 60.0})
     save("b", {"xx": 60.0, "yy|y": 70.0}, seed=1)
     save("c", {"xx": 90.0}, seed=2, method="xpe")  # others: never averaged
-    save("d", {"eng_Latn": 90.0}, seed=3)
+    save("d", 70.0, seed=3, method="dual", xpe_ratio=0.5)
     assert rows("SPT", "joshi5", "") == [["xx, yy/y", "60.0 ± 7.1 (2)"]]
     assert rows("XPE", "joshi5", "") == [["xx", "90.0 (1)"]]
+    assert rows("DUAL-50", "joshi5", "") == [["205 languages", "70.0 (1)"]]
+    save("e", {"xx": 90.0, "yy|y": 90.0}, seed=1)
+    refused("runs/b and runs/e are the same run", main=groups.main)
 
 
 LANGUAGES_CSV = """\
@@ -2658,14 +2695,14 @@ def test_plot_draws_every_language_and_says_of_what(save, drawn):
     save("c", 70.0, backbone="hub/enc", **DUAL)
     save("e", 60.0, backbone="hub/enc", steps=200)             # another setting, with fewer runs
     figure = drawn()
-    title = "joshi5: enc, 100 steps, 2 seeds (0, 1)\nzero-shot steps=100\nBold"
+    title = "joshi5: enc, 100 steps\nzero-shot steps=100\nBold"
     assert title in figure.get_suptitle()
     codes = [tick.get_text() for axes in figure.axes for tick in axes.get_xticklabels()]
     assert codes == [*groups.SEEN, *groups.UNSEEN]             # all alike: by code
     for axes in figure.axes:
         lines = {line.get_label(): line.get_ydata()[0] for line in axes.lines}
         guessing = lines["always the most frequent label"]
-        assert (lines["SPT"], lines["DUAL-70"], guessing) == (55.0, 70.0, 25.0)
+        assert (lines["SPT, 2 seeds"], lines["DUAL-70, 1 seed"], guessing) == (55.0, 70.0, 25.0)
 
 
 def test_plot_draws_own_languages_without_what_is_not_theirs(save, drawn):
@@ -2687,6 +2724,7 @@ null
 {"config": {}}
 {"config": [], "accuracy": {}}
 {"config": {SPT}, "accuracy": {}}
+{"config": {SPT}, "accuracy": {"en": 5}, "digests": [1]}
 {"config": {SPT}, "accuracy": {"en": "50"}}
 {"config": {SPT}, "accuracy": {"en": null}}
 {"config": {SPT}, "accuracy": {"en": NaN}}
