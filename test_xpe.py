@@ -857,9 +857,11 @@ class Hostile:
 SPT = '"method": "spt", "source": "x", "target": "", "seed": 0, "xpe_ratio": 0'
 
 
+ROW = [{"step": 5, "dev_accuracy": 1.0}]
 ODD_FILES = [  # a text is a result.json, a dict what is other than in a whole checkpoint.pt
     "{", f'{{"config": {{{SPT}}}, "accuracy": {{"x": 5}}}}',           # a result without digests
     5, {"config": 5}, {"digests": []}, {"model": {"a": torch.zeros(1)}}, {"model": {}},
+    {"progress": {"step": 5, "seconds": 1.0, "curve": ROW, "best": {}}},   # it could not end
     {"progress": 5}, {"progress": {"a": 1}}, {"optimizer": {"state": 5}}, {"rng": torch.zeros(3)},
     {"progress": {"step": 5, "seconds": 1.0, "curve": 5, "best": {}}}, {"cuda_rng": 5}, Hostile(),
 ]
@@ -1220,6 +1222,13 @@ def test_file_is_read_right(row, own):
     texts, labels = xpe.load_language("own", "xx", "dev")
     assert texts[0] == "one"
     assert (texts[-1], labels[-1]) == (text.encode().decode("unicode_escape"), label)
+
+
+def test_an_eighth_label_beside_those_of_sib200_is_refused(refused):
+    for split in SPLITS:
+        write_tsv(f"data/xx/{split}.tsv", [(label, "topic1") for label in groups.LABELS])
+    write_tsv("data/xx/train.tsv", [(label, "topic1") for label in (*groups.LABELS, "sport")])
+    refused("data/xx/train.tsv:9: unknown label 'sport'", "--toy --data data --source xx")
 
 
 def test_long_text_is_read_whole(own):
@@ -1756,10 +1765,11 @@ def test_run_and_its_adapter(name, dtype, printed):
 
 
 def test_rotary_angles_stay_in_fp32():
-    folder = tiny_encoder("EuroBertModel", num_key_value_heads=4)
-    backbone, _ = xpe.load_backbone(str(folder), dtype=torch.bfloat16)
-    assert backbone.dtype == torch.bfloat16
-    assert backbone.rotary_emb.inv_freq.dtype == torch.float32
+    tiny_encoder("EuroBertModel", num_key_value_heads=4)
+    cfg = xpe.Config(backbone="encoder", dtype="bf16", max_length=32)
+    model, _ = xpe.build_model(cfg, groups.LABELS)             # which tries it in fp32, too
+    assert model.backbone.dtype == torch.bfloat16
+    assert model.backbone.rotary_emb.inv_freq.dtype == torch.float32
 
 
 @parametrize("name", BAD)
@@ -1995,6 +2005,14 @@ def test_one_bar_runs_over_all_epochs_of_a_resumed_run(monkeypatch, capsys):
     assert hours == ["1"]                          # never from 0 again
     assert dev == ["61.0%", "50.0%"]
     assert {len(line) for line in capsys.readouterr().out.splitlines()} == {70}
+
+
+@parametrize("classes, warned", [(1, True), (2, False)])
+def test_log_warns_where_all_of_dev_is_one_class(classes, warned, capsys):
+    row = dict(epoch=1, step=5, loss=1.5, dev_loss=1.5, lr=1e-3, dev_accuracy=25.0)
+    progress = xpe.Progress(5, 1.0, [row])
+    xpe.Log(xpe.Config(toy=True), progress, 1.0).epoch(progress, classes)
+    assert ("predicted as one class" in capsys.readouterr().out) == warned
 
 
 @parametrize("codes, title", [
@@ -2553,6 +2571,12 @@ def test_interval_by_hand(shape, axis):
 def test_languages_with_other_sentences_have_a_draw_of_their_own():
     leads = [np.array([[1, 0] * 8])] * 20 + [np.array([[1, 0] * 32])] * 20
     half = 1.96 * 50 * (1 / 64 + 1 / 256) ** 0.5
+    assert groups.bootstrap(leads) == pytest.approx([50 - half, 50 + half], abs=0.12 * half)
+
+
+def test_one_draw_of_seeds_serves_languages_of_every_length():
+    leads = [np.repeat([[1], [0]], 10, axis=0) * np.ones((1, n)) for n in (4, 8) * 3]
+    half = 1.96 * 50 / 20 ** 0.5                   # of 20 seeds half lead; two draws: 1.4 less
     assert groups.bootstrap(leads) == pytest.approx([50 - half, 50 + half], abs=0.12 * half)
 
 
