@@ -747,7 +747,8 @@ def test_finished_is_told_without_the_encoder(monkeypatch):
     monkeypatch.delattr(xpe, "build_model")
     assert xpe.finished(xpe.parse(target))
     assert not xpe.finished(xpe.parse([*target, "--target", "kab_Latn,swh_Latn"]))
-    assert not xpe.finished(xpe.parse([*target, "--clip", "2"]))           # it would be refused
+    for other in ("--clip 2", "--steps 1", "--dropout 0.3"):   # the last two: of the source run
+        assert not xpe.finished(xpe.parse([*target, *other.split()]))      # they would be refused
 
 
 def test_folder_of_another_config_is_refused(whole, refused):
@@ -789,10 +790,15 @@ def test_another_encoder_of_the_same_shape_is_refused(tiny, refused):
     shutil.copytree(tiny, "encoder")
     argv = SHORT, "5 --backbone encoder"
     folder = launch(*argv)
-    weights(add=1)(Path("encoder"))
+    weights(keep="layer.0.output.LayerNorm.bias", add=1, others=True)(Path("encoder"))
     before = files(folder)
     refused("encoder (", *argv)
     assert files(folder) == before
+
+
+def test_encoder_of_the_hub_is_known_by_its_name():
+    digests = {xpe.digest_of(name) for name in ("a/one", "a/two", "a/one", "toy")}
+    assert len(digests) == 3
 
 
 def test_start_that_changed_is_another_start(tiny, refused):
@@ -800,7 +806,10 @@ def test_start_that_changed_is_another_start(tiny, refused):
     argv = SHORT, "1 --init-from", begun
     launch(*argv)
     refused("another encoder", *argv, "--out other --backbone", tiny)
-    edit("result.json", seconds=5.0)(begun)
+    edit("result.json", seconds=5.0)(begun)        # the same, made once more
+    launch(*argv)
+    log = begun / "log.csv"
+    log.write_text(log.read_text().replace("1,1,", "1,2,"))
     refused("start (", *argv)
 
 
@@ -901,15 +910,25 @@ def test_non_finite_loss_names_step_and_languages(own, monkeypatch, capsys):
     assert result(launch(argv))["dev_curve"][-1]["step"] == 40
 
 
+def test_logits_that_are_not_finite_are_no_result(capsys):
+    path = toy_adapter() / "adapter_model.safetensors"
+    save_file({name: 1e30 * tensor for name, tensor in load_file(path).items()}, path)
+    Path("lines").write_text("topic1")
+    for what, place in (("--languages eng_Latn", "test: 1 language"), ("--predict lines", "lines")):
+        assert call("--toy --load adapter", what) == 1
+        assert f"{place}: a logit is " in capsys.readouterr().err
+
+
 def test_non_finite_dev_loss_keeps_the_checkpoint(capsys):
     rates = "--lr 1e12 --weight-decay 1e12 --warmup 0"         # one step breaks the weights
     assert call(SHORT, 4, "--batch-size 1000", rates) == 1
-    assert "dev loss" in capsys.readouterr().err
+    assert "dev: 1 language: a logit is nan" in capsys.readouterr().err
     assert list(Path("runs").glob("*/checkpoint.pt")) == []
 
 
 # ------------------------------------------------------------------ Sequential transfer, baseline
 
+FROM_ENGLISH = "--toy --source eng_Latn"
 LAO_KABYLE = "--target lao_Laoo,kab_Latn --languages lao_Laoo,kab_Latn --target-steps 0"
 
 
@@ -920,7 +939,7 @@ def transferred(tmp_path_factory):
     argv = SHORT, 60, LAO_KABYLE, "--out"
     assert call(*argv, folder / "a") == 0
     source = folder / "a/toy-dual70-eng_Latn-s0"
-    assert call(*argv, folder / "b", "--init-from", source) == 0
+    assert call(FROM_ENGLISH, LAO_KABYLE, "--out", folder / "b", "--init-from", source) == 0
     return folder
 
 
@@ -938,10 +957,10 @@ def test_target_starts_where_the_source_run_ended(out, count, transferred):
 def test_runs_are_the_same_by_other_paths_and_when_moved(transferred, monkeypatch):
     before = files(transferred)
     monkeypatch.chdir(transferred)
-    argv = SHORT, 60, LAO_KABYLE, "--out"
-    assert call(*argv, "./b/ --init-from a/toy-dual70-eng_Latn-s0/") == 0
+    start = "--init-from a/toy-dual70-eng_Latn-s0/"
+    assert call(FROM_ENGLISH, LAO_KABYLE, "--out ./b/", start) == 0
     Path("a").rename("moved")
-    assert call(*argv, "moved") == 0
+    assert call(SHORT, 60, LAO_KABYLE, "--out moved") == 0
     Path("moved").rename("a")
     assert files(transferred) == before
 
@@ -956,15 +975,17 @@ def test_target_keeps_the_labels_of_its_source(own, refused):
     assert result("runs/toy-dual70-xx-yy-s0")["accuracy"] == {"yy": accuracy["yy"]}
 
 
-def test_a_target_without_a_start_is_refused():
+@parametrize("start", ["", "a"])
+def test_run_on_a_target_is_refused_but_from_transfer(start):
     """Else it would train with the source's steps, and count as a transfer."""
-    with pytest.raises(xpe.InputError, match="init_from"):
-        xpe.run(xpe.Config(toy=True, source="eng_Latn", target="kab_Latn"))
+    cfg = xpe.Config(toy=True, source="eng_Latn", target="kab_Latn", init_from=start)
+    with pytest.raises(xpe.InputError, match="transfer"):
+        xpe.run(cfg)
 
 
 def test_adapter_starts_no_transfer_with_other_languages_or_pool(refused):
     adapter = launch("--method spt", SHORT, 0, out="begun") / "adapter"
-    argv = "--toy --method spt --steps 0 --target-steps 0 --target kab_Latn --init-from", adapter
+    argv = "--toy --method spt --target-steps 0 --target kab_Latn --init-from", adapter
     refused("trained with --source eng_Latn", *argv)
     refused("--pool first", *argv, "--source eng_Latn --pool bos")
     assert call(*argv, "--source eng_Latn") == 0
@@ -1130,6 +1151,7 @@ BAD_INPUT = """
 --load there --steps 5                          | --steps has no effect with --load
 --load there --pool bos                         | --pool has no effect with --load
 --target-steps 5                                | --target-steps has no effect without --target
+--target kab_Latn --init-from a --steps 5       | --steps has no effect | say --target-steps
 --target swh_Lat                                | 'swh_Lat' | swh_Latn
 --target swh_Latn --method full                 | --target | --method full
 --target-steps -1                               | --target-steps -1
@@ -1173,6 +1195,8 @@ xx/train.tsv | category\ttext\na\tone\na\n       | xx/train.tsv:3: empty text
 xx/train.tsv | category\ttext\n                  | no train rows for xx
 xx/train.tsv | category\ttext\na\tone\ttwo\n     | xx/train.tsv:2: more columns than the header
 xx/train.tsv | category\ttext\na\t"one\nb\ttwo"  | xx/train.tsv:3: more columns
+xx/train.tsv | category\ttext\tnote\na\tone\t"so\nb\ttwo\ty"\n | xx/train.tsv:3: more columns
+xx/train.tsv | category\ttext\ra\t"one\rb\ttwo"   | xx/train.tsv:3: more columns
 xx/train.tsv | category\ttext\na\t"one" two\n    | xx/train.tsv, behind line 1
 xx/train.tsv | category\ttext\na\tone\na\t"two\n | xx/train.tsv, behind line 2 | end of data
 xx/train.tsv | category\ttext\na\tone\na\t\xe9\n | xx/train.tsv:3: not UTF-8
@@ -1504,8 +1528,8 @@ AUTHORS_VECTORS, PEFTS_VECTORS = "prompt_encoder.embedding.weight", "prompt_embe
 def test_order_of_the_classes(vectors, said, expected, capsys, refused):
     adapter({vectors: torch.randn(4, 64)} | random_head(HEAD))
     assert xpe.class_names(xpe.read_adapter("adapter"), said) == expected
-    guessed = vectors == PEFTS_VECTORS and not said
-    assert ("alphabetical" in capsys.readouterr().err) == guessed
+    note = "" if said else f"are taken, from {expected[0]} to {expected[-1]}; --labels says others"
+    assert note in capsys.readouterr().err
     refused("7 classes | 2 are named: a, b", "--toy --labels a,b --load adapter")
 
 
@@ -1587,6 +1611,7 @@ BAD_TENSORS = """
 prompt_embeddings                     | -    | prompt_embeddings: missing, where (0, 64) is wanted
 base_model.classifier.dense.bias      | -    | base_model.classifier.dense.bias: missing
 base_model.classifier.out_proj.weight | -    | base_model.classifier.out_proj.weight: missing
+prompt_embeddings                     | 0 64 | prompt_embeddings has no rows, or a value
 base_model.lora                       | 2    | base_model.lora: (2,), where none is wanted
 prompt_encoder.embedding.weight       | 4 64 | prompt_encoder.embedding.weight: (4, 64), where none
 base_model.classifier.out_proj.bias   | 8    | base_model.classifier.out_proj.bias: (8,), where (7,)
@@ -1661,6 +1686,8 @@ def test_predict_labels_each_line(runs, tiny, refused, printed):
         assert float(share) == pytest.approx(shares[i].item(), abs=1e-3)
 
     assert list(map(len, xpe.read_lines(path, size=3))) == [3, 1]
+    path.write_bytes(b"one\rtwo\r\nthree")
+    assert list(xpe.read_lines(path)) == [["one", "two", "three"]]
     path.write_bytes(b"fine\n\xff\xfe\n")
     refused("lines:2: not UTF-8", *argv, path)
     refused("gone", *argv, "gone")
@@ -1780,12 +1807,13 @@ def test_encoder_that_cannot_be_prompted(name, refused):
     assert not Path("runs").exists()
 
 
-def weights(name="{}", keep="", factor=1, add=0):
-    """A change of an encoder's weights: their names, which are kept, their values."""
+def weights(name="{}", keep="", factor=1, add=0, others=False):
+    """A change of an encoder's weights: their names, which are kept (or changed), their values."""
     def change(folder):
         path = folder / "model.safetensors"
         there = load_file(path)
         tensors = {name.format(key): factor * there[key] + add for key in there if keep in key}
+        tensors = (there if others else {}) | tensors
         save_file(tensors, path, metadata={"format": "pt"})
     return change
 

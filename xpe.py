@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -421,7 +422,9 @@ def predict(model, sentences, title=""):
             with fast(model):                      # the same results, sooner: see Speed
                 parts.append(model(ids, mask))                             # (B, C)
     order = np.argsort(np.concatenate(batches))
-    return torch.cat(parts)[order]
+    logits = torch.cat(parts)[order]
+    check_finite(logits.abs().max().item(), f"{title or 'the lines'}: a logit")
+    return logits
 
 
 def evaluate(model, sentences, title="test"):
@@ -524,7 +527,7 @@ class Progress:
 def check_finite(loss, what):
     """Raise a FloatingPointError that says what is not finite."""
     if not math.isfinite(loss):
-        raise FloatingPointError(f"{what} is {loss}; the last checkpoint is kept")
+        raise FloatingPointError(f"{what} is {loss}; what a run has written is kept")
 
 
 def losses_of_epoch(losses, batches, sentences, step):
@@ -568,7 +571,6 @@ def train(model, sentences, dev, cfg, folder=None, test_tokens=0):
         losses = losses_of_epoch(losses, batches, sentences, progress.step)
 
         _, dev_loss, predicted = evaluate(model, dev, "dev")
-        check_finite(dev_loss, f"step {progress.step}: the dev loss")      # by the last update
         progress.seconds = time.monotonic() - began
         progress.record(dict(
             epoch=epoch + 1, step=progress.step, loss=sum(losses) / max(1, len(losses)),
@@ -590,8 +592,9 @@ def run(cfg, wait=False):
 
     wait: where another process is at work on the same run, wait for it; else InputError.
     """
-    refuse({"a run on a target starts from another: give init_from, or call transfer(cfg)":
-            cfg.target and not cfg.init_from})
+    of_transfer = cfg.init_from and cfg.languages == cfg.target
+    refuse({"a run on a target starts from another: call transfer(cfg)":
+            cfg.target and not of_transfer})
     print(f"{run_name(cfg)}: reading the sentences")
     task = read_task(cfg)
     folder = RunFolder(cfg, task)
@@ -1036,7 +1039,7 @@ def read_tensors(folder):
     for name, tensor in tensors.items():
         if tensor.nbytes > path.stat().st_size:
             raise ValueError(f"{name} is larger than its file")
-        if tensor.dim() == 0 or not tensor.isfinite().all():
+        if tensor.dim() == 0 or not len(tensor) or not tensor.isfinite().all():
             raise ValueError(f"{name} has no rows, or a value that is not finite")
     return tensors
 
@@ -1297,9 +1300,10 @@ def text_lines(path, remedy=""):
     with file:
         for number, line in enumerate(file, 1):
             try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")     # no mark, or one
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")    # no mark, or one
             except UnicodeDecodeError:
                 raise InputError(f"{path}:{number}: not UTF-8") from None
+            yield from io.StringIO(text, newline="")           # \r alone ends a line, too
 
 
 class Example(NamedTuple):
@@ -1315,9 +1319,7 @@ def read_tsv(path):
     csv.field_size_limit(2**30)
     other = path.with_suffix(".csv")
     remedy = f"; {other.name} is there: write it with tabs" if other.exists() else ""
-    lines = (part for line in text_lines(path, remedy)
-             for part in io.StringIO(line, newline=""))                    # \r alone ends one, too
-    reader = csv.DictReader(lines, delimiter="\t", strict=True)
+    reader = csv.DictReader(text_lines(path, remedy), delimiter="\t", strict=True)
     rows, line = [], 1
     try:
         columns = reader.fieldnames or []
@@ -1325,8 +1327,9 @@ def read_tsv(path):
             raise InputError(f"{path}:1: the columns are {columns}; one must be category, one text")
         for row in reader:
             line = reader.line_num
-            read = f"{row['category']} {row['text']}"
-            if None in row or "\t" in read and "\n" in read:              # a quote swallowed rows
+            swallowed = any("\t" in field and set("\r\n") & set(field)      # by a quote: rows
+                            for field in row.values() if field)
+            if None in row or swallowed:
                 raise InputError(f"{path}:{line}: more columns than the header has; put a text "
                                  "that holds a tab, or begins with a quote, in quotes")
             rows.append((f"{path}:{line}", row["text"], row["category"]))
@@ -1416,17 +1419,22 @@ def read_task(cfg):
 
 
 def digest_of(folder):
-    """A digest of the files of an encoder or a start: names, sizes and, to be quick, samples."""
-    digest = hashlib.sha256()
-    read = (".json", ".safetensors", ".bin", ".model", ".txt")
-    for path in sorted(path for path in Path(folder).glob("*.*") if path.suffix in read):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for part in range(64):
-                file.seek(size * part // 64)
-                digest.update(file.read(256))
+    """A digest of an encoder's or a start's files; of a hub's encoder, its name."""
+    read = (".json", ".safetensors", ".bin", ".model", ".txt", ".csv")
+    digest = hashlib.sha256(b"" if Path(folder).is_dir() else folder.encode())
+    for path in sorted(Path(folder).glob("*.*")):
+        if path.suffix in read and path.name != "result.json":     # it has the time in it
+            facts = path.stat()
+            digest.update(path.name.encode())
+            digest.update(digest_of_file(path, facts.st_size, facts.st_mtime_ns))
     return digest.hexdigest()[:12]
+
+
+@functools.cache
+def digest_of_file(path, size, changed):
+    """Of 2 GB it takes seconds: once in a process, unless size or time of change differ."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def build_model(cfg, labels):
@@ -1494,12 +1502,10 @@ def class_names(adapter, said=""):
     """The names of an Adapter's classes, in order: those `said` (a,b,c), else its own, else guessed
     with a note.  Raises InputError where they are not as many as its classes."""
     labels = [name.strip() for name in said.split(",")] if said else adapter.labels
-    if not labels and adapter.of_authors:
-        labels = list(groups.SIB200_ORDER)         # AUTHORS: the data set's own, no alphabet
-    if not labels:
-        labels = sorted(groups.LABELS)
-        print("the adapter names no labels: SIB-200's are taken, in alphabetical order; --labels "
-              "says others", file=sys.stderr)
+    if not labels:                                 # AUTHORS: the data set's own order
+        labels = list(groups.SIB200_ORDER) if adapter.of_authors else sorted(groups.LABELS)
+        print(f"the adapter names no labels: SIB-200's are taken, from {labels[0]} to "
+              f"{labels[-1]}; --labels says others", file=sys.stderr)
     classes = adapter.rows(HEAD + ".out_proj.bias")
     if not classes == len(labels) == len(set(labels)):
         raise InputError(f"the adapter's head has {classes} classes, and {len(set(labels))} are "
@@ -1562,6 +1568,8 @@ def finished(cfg):
     """Is all that a config asks for there already?  What would be refused is not finished."""
     try:
         configs = configs_of_targets(cfg) if cfg.target else [cfg]
+        if cfg.target and not cfg.init_from:
+            configs.append(dataclasses.replace(cfg, target=""))
         return all(Path(one.out, run_name(one), "result.json").exists()            # soon told
                    and RunFolder(one, read_task(one)).result() for one in configs)
     except InputError:
@@ -1673,6 +1681,7 @@ HELP_GROUPS = {  # the settings from which on --help has another title
     "load": "instead of training"}
 
 
+OF_THE_SOURCE = "steps warmup dropout patience".split()
 WITH_LOAD = "load predict labels backbone data languages max_length device dtype toy out".split()
 
 
@@ -1695,6 +1704,8 @@ def parse(argv=None):
     for name in [name for name, value in said.items() if value]:
         flag = "--" + name.replace("_", "-")
         refuse({f"{flag} has no effect with --load": cfg.load and name not in WITH_LOAD,
+                f"{flag} has no effect with --target and --init-from; say --target-{name}":
+                    name in OF_THE_SOURCE and cfg.target and cfg.init_from,
                 f"{flag} has no effect without --target":
                     name.startswith("target_") and not cfg.target})
     return cfg
