@@ -204,7 +204,7 @@ def read_until(stream, pattern):
 
 def ended(process):
     """(exit code, standard error) of a process, once it has ended."""
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=600)
     return process.returncode, error
 
 
@@ -1697,7 +1697,7 @@ def test_endless_input_gets_answers_in_utf8():
     toy_adapter()
     command = f"python {HERE}/xpe.py --toy --predict - --load adapter"
     piped = "bash", "-c", f"yes თბილისი | {command} | head -n 2"
-    out, error = spawn(*piped, PYTHONIOENCODING="cp1252").communicate(timeout=300)
+    out, error = spawn(*piped, PYTHONIOENCODING="cp1252").communicate(timeout=600)
     assert out.count("\tთბილისი\n") == 2
     assert error.count("\n") <= 1
 
@@ -2109,7 +2109,7 @@ def at_terminal(argv, moment):
     os.close(terminal)
     shown = ""
     with contextlib.suppress(OSError):             # when the other end is closed
-        while select.select([keyboard], [], [], 60)[0]:
+        while select.select([keyboard], [], [], 600)[0]:
             shown += os.read(keyboard, 65536).decode(errors="replace")
             if moment in shown:
                 process.send_signal(signal.SIGINT)
