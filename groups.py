@@ -555,7 +555,9 @@ def load_runs(folder):
     paths = sorted(Path(folder).glob("*/result.json"))
     if not paths:
         raise InputError(f"{folder}: no finished run in it (no */result.json)")
-    return [load_run(path) for path in paths]
+    runs = [load_run(path) for path in paths]
+    check_sentences(runs)
+    return runs
 
 
 def load_run(path):
@@ -610,9 +612,6 @@ def split_by_setting(runs):
     kinds = {}  # kind -> setting -> runs
     for run in runs:
         kinds.setdefault(run.kind, {}).setdefault(run.setting, []).append(run)
-    for settings in kinds.values():
-        for alike in settings.values():
-            check_sentences(alike)
 
     parts = []
     for settings in product(*kinds.values()):
@@ -626,11 +625,11 @@ def split_by_setting(runs):
 
 
 def check_sentences(runs):
-    """Raise InputError where the data changed between two runs on the same languages."""
+    """Raise InputError where the data changed between two runs of one setting and languages."""
     first = {}
     for run in runs:
-        languages = run.source, run.target, run.config.get("languages")
-        other = first.setdefault(languages, run)
+        alike = run.setting, run.source, run.target, run.config.get("languages")
+        other = first.setdefault(alike, run)
         if other.sentences != run.sentences:
             raise InputError(f"{other.folder} and {run.folder} read other sentences; move one")
 

@@ -524,10 +524,10 @@ class Progress:
         self.curve.append(epoch)
 
 
-def check_finite(loss, what):
+def check_finite(number, what):
     """Raise a FloatingPointError that says what is not finite."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"{what} is {loss}; what a run has written is kept")
+    if not math.isfinite(number):
+        raise FloatingPointError(f"{what} is {number}; what a run has written is kept")
 
 
 def losses_of_epoch(losses, batches, sentences, step):
@@ -641,19 +641,20 @@ def transfer(cfg):
     """Sequential transfer (4.1): a source run, then each target alone, from its prompt and head."""
     # All that the targets need is read before the source run, which takes long.
     read_task(dataclasses.replace(cfg, languages=cfg.target))
-    if not cfg.init_from:
-        run(dataclasses.replace(cfg, target=""), wait=True)
-    for target in configs_of_targets(cfg):
-        run(target)
+    for one in configs_of_transfer(cfg):
+        run(one, wait=not one.target)
 
 
-def configs_of_targets(cfg):
-    """The config of the run on each language of --target."""
-    start = cfg.init_from or str(Path(cfg.out, run_name(dataclasses.replace(cfg, target=""))))
-    return [dataclasses.replace(cfg, target=code, languages=code, init_from=start,
-                                steps=cfg.target_steps, warmup=cfg.target_warmup,
-                                dropout=cfg.target_dropout, patience=cfg.target_patience)
-            for code in codes_of(cfg.target, cfg.data)]
+def configs_of_transfer(cfg):
+    """The configs of its runs: the source's, unless there is a start, and each target's."""
+    source = dataclasses.replace(cfg, target="")
+    start = cfg.init_from or str(Path(cfg.out, run_name(source)))
+    targets = [
+        dataclasses.replace(cfg, target=code, languages=code, init_from=start,
+                            steps=cfg.target_steps, warmup=cfg.target_warmup,
+                            dropout=cfg.target_dropout, patience=cfg.target_patience)
+        for code in codes_of(cfg.target, cfg.data)]
+    return targets if cfg.init_from else [source, *targets]
 
 
 # ==================================================================================================
@@ -1327,7 +1328,8 @@ def read_tsv(path):
             raise InputError(f"{path}:1: the columns are {columns}; one must be category, one text")
         for row in reader:
             line = reader.line_num
-            swallowed = any("\t" in field and set("\r\n") & set(field)      # by a quote: rows
+            # A quote that nobody closed takes tabs and line ends, so whole rows, into one field.
+            swallowed = any("\t" in field and set("\r\n") & set(field)
                             for field in row.values() if field)
             if None in row or swallowed:
                 raise InputError(f"{path}:{line}: more columns than the header has; put a text "
@@ -1465,7 +1467,6 @@ def start_from(folder, model, labels, cfg):
     """Put prompt and head of a finished run, or of an adapter, into a model (--init-from)."""
     folder = Path(folder)
     where = f"--init-from {folder}: "
-    encoder = digest_of(cfg.backbone)
     with as_input_error(where + "does not fit",
                         "; a run must be finished, --method and length the same; a finished prompt "
                         "has no encoder and goes on as --method spt"):
@@ -1474,16 +1475,15 @@ def start_from(folder, model, labels, cfg):
             tensors = trainable(load_adapter(folder, model.backbone))
             theirs = class_names(adapter, cfg.labels)
             made = dict(pool="first", source=",".join(adapter.languages) or cfg.source)
-            made_with = encoder                    # nobody knows
+            encoder = digest_of(cfg.backbone)      # nobody knows
         else:
             tensors = read_checkpoint(folder / "checkpoint.pt")["progress"]["best"]
             result = json.loads((folder / "result.json").read_bytes())
-            theirs, made = result["labels"], result["config"]
-            made_with = result["digests"]["encoder"]
+            theirs, made, encoder = result["labels"], result["config"], result["digests"]["encoder"]
         refuse({
             where + "it was trained with --source {source} --pool {pool}".format(**made):
                 made["pool"] != cfg.pool or cfg.target and other_source(made["source"], cfg),
-            where + "it was trained with another encoder": made_with != encoder,
+            where + "it was trained with another encoder": encoder != digest_of(cfg.backbone),
             where + f"its labels are {', '.join(theirs)}, not {', '.join(labels)}":
                 set(theirs) != set(labels),
         })
@@ -1567,9 +1567,7 @@ def toy_rows(code, split):
 def finished(cfg):
     """Is all that a config asks for there already?  What would be refused is not finished."""
     try:
-        configs = configs_of_targets(cfg) if cfg.target else [cfg]
-        if cfg.target and not cfg.init_from:
-            configs.append(dataclasses.replace(cfg, target=""))
+        configs = configs_of_transfer(cfg) if cfg.target else [cfg]
         return all(Path(one.out, run_name(one), "result.json").exists()            # soon told
                    and RunFolder(one, read_task(one)).result() for one in configs)
     except InputError:
