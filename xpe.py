@@ -1297,14 +1297,13 @@ def codes_of(text, data):
 def text_lines(path, remedy=""):
     """The lines of a UTF-8 file, or of standard input for "-".  Raises InputError."""
     with as_input_error(f"{path}: cannot be read", remedy):
-        file = sys.stdin.buffer if path == "-" else open(path, "rb")
+        file = open(0 if path == "-" else path, encoding="utf-8-sig", errors="surrogateescape",
+                    newline="")
     with file:
         for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")    # no mark, or one
-            except UnicodeDecodeError:
-                raise InputError(f"{path}:{number}: not UTF-8") from None
-            yield from io.StringIO(text, newline="")           # \r alone ends a line, too
+            with as_input_error(f"{path}:{number}: not UTF-8"):
+                line.encode()                      # bytes that are no UTF-8 became surrogates
+            yield line
 
 
 class Example(NamedTuple):
