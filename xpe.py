@@ -1691,7 +1691,7 @@ def parse(argv=None):
         group.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["text"], **kind)
     said = vars(parser.parse_args(argv))
     cfg = Config(**said)
-    for name in [name for name, value in said.items() if value]:
+    for name in filter(said.get, said):            # what was said
         flag = "--" + name.replace("_", "-")
         refuse({f"{flag} has no effect with --load": cfg.load and name not in WITH_LOAD,
                 f"{flag} has no effect with --target and --init-from; say --target-{name}":
