@@ -254,7 +254,7 @@ class Adafactor(torch.optim.Optimizer):
 def cosine_with_restarts(step, warmup, total, cycles=2):
     """Factor in [0, 1] on the learning rate: linear warm-up, then `cycles` cosines from 1 to 0."""
     if step < warmup:
-        return step / max(1, warmup)
+        return step / warmup
     progress = (step - warmup) / max(1, total - warmup)
     if progress >= 1:
         return 0.0
