@@ -411,16 +411,16 @@ def loss_of(logits, classes):
     return F.cross_entropy(logits, classes)
 
 
+@torch.no_grad()
 def predict(model, sentences, title=""):
     """Logits (N, C) of all sentences, in their order; on a terminal a bar with this title."""
     model.eval()
     batches = evaluation_batches(sentences.lengths, len(model.prompt()))
     parts = []
-    with torch.no_grad():
-        for indices in progress_bar(title, batches):
-            ids, mask, _ = sentences.batch(indices)
-            with fast(model):                      # the same results, sooner: see Speed
-                parts.append(model(ids, mask))                             # (B, C)
+    for indices in progress_bar(title, batches):
+        ids, mask, _ = sentences.batch(indices)
+        with fast(model):                          # the same results, sooner: see Speed
+            parts.append(model(ids, mask))                                 # (B, C)
     order = np.argsort(np.concatenate(batches))
     logits = torch.cat(parts)[order]
     check_finite(logits.abs().max().item(), f"{title or 'the lines'}: a logit")
