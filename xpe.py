@@ -375,8 +375,7 @@ def tokenize(examples, labels, tokenizer, device="cpu", max_length=164):
                        return_attention_mask=True, return_tensors="pt")
     lengths = tokens["attention_mask"].sum(1).numpy()
     tokens = tokens.to(device)
-    classes = [labels.index(example.label) for example in examples]
-    classes = torch.tensor(classes, device=device)
+    classes = torch.tensor([labels.index(example.label) for example in examples], device=device)
     languages = np.array([example.code for example in examples])
     return Sentences(tokens["input_ids"], tokens["attention_mask"], classes, lengths, languages)
 
