@@ -668,7 +668,7 @@ LIKE_XLM_R = ("bert", "camembert", "roberta", "xlm-roberta")       # layers that
 
 def fast(model):
     """A context in which a model computes the same in less time; without it no result changes."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    on_cpu = model.backbone.device.type == "cpu"
     return FastOnCPU(model) if on_cpu else contextlib.nullcontext()
 
 
@@ -683,9 +683,8 @@ class FastOnCPU(torch.overrides.TorchFunctionMode):
         super().__init__()
         self.cutting = []                          # ids of the weights that see position 0 alone
         if model.pool == "first" and model.backbone.config.model_type in LIKE_XLM_R:
-            behind_attention = model.backbone.encoder.layer[-1].attention.output
-            modules = behind_attention.dense, behind_attention.LayerNorm
-            self.cutting = [id(module.weight) for module in modules]
+            behind = model.backbone.encoder.layer[-1].attention.output
+            self.cutting = [id(behind.dense.weight), id(behind.LayerNorm.weight)]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
