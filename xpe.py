@@ -647,7 +647,7 @@ def transfer(cfg):
 def configs_of_transfer(cfg):
     """The configs of its runs: the source's, unless there is a start, and each target's."""
     source = dataclasses.replace(cfg, target="")
-    start = cfg.init_from or str(Path(cfg.out, run_name(source)))
+    start = cfg.init_from or Path(cfg.out, run_name(source))
     targets = [
         dataclasses.replace(cfg, target=code, languages=code, init_from=start,
                             steps=cfg.target_steps, warmup=cfg.target_warmup,
@@ -773,8 +773,7 @@ def describe(error):
 
 
 def write_file(path, content):
-    """Bytes or text into `path` by way of a temporary name: it is the old file or the new one."""
-    path = Path(path)
+    """Bytes or text into a Path by way of a temporary name: it is the old file or the new one."""
     temporary = path.with_name(path.name + ".new")
     content = content.encode() if isinstance(content, str) else content
     try:
