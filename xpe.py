@@ -363,7 +363,7 @@ class Sentences(NamedTuple):
 
     def batch(self, indices):
         """Sentences (B,) -> ids (B, T), mask (B, T), classes (B,); T is a multiple of 4."""
-        T = -(-int(self.lengths[indices].max()) // 4) * 4
+        T = -(-self.lengths[indices].max() // 4) * 4
         indices = torch.as_tensor(indices).to(self.ids.device, non_blocking=True)
         return self.ids[indices, :T], self.mask[indices, :T], self.classes[indices]
 
@@ -397,7 +397,7 @@ def evaluation_batches(lengths, prompt_length, positions=4096):
     indices = np.argsort(-lengths, kind="stable")
     batches = []
     while len(indices):
-        size = max(1, positions // (int(lengths[indices[0]]) + prompt_length))
+        size = max(1, positions // (lengths[indices[0]] + prompt_length))
         batches.append(indices[:size])
         indices = indices[size:]
     return batches
