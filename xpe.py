@@ -1209,8 +1209,8 @@ def load_pretrained(name, device, dtype):
         backbone = backbone.get_encoder()
     if hasattr(backbone, "pooler"):
         backbone.pooler = nn.Identity()            # nobody reads it
-    unread = ("pooler.", "decoder.")
-    lacking = [key for key in report["missing_keys"] if not key.startswith(unread)]
+    lacking = [key for key in report["missing_keys"]
+               if not key.startswith(("pooler.", "decoder."))]         # which nobody reads
     return backbone, tokenizer, sorted(lacking)
 
 
