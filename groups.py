@@ -654,9 +654,7 @@ def draw(rng, n):
     """Shares of n things among n drawn with replacement, again and again: (DRAWS, n)."""
     import numpy as np
     picks = rng.integers(n, size=(DRAWS, n))
-    picks += n * np.arange(DRAWS)[:, None]  # each draw counts in a range of its own
-    counts = np.bincount(picks.ravel(), minlength=DRAWS * n)
-    return counts.reshape(DRAWS, n) / n
+    return np.array([np.bincount(row, minlength=n) for row in picks]) / n
 
 
 def bootstrap(leads):
