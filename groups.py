@@ -442,24 +442,23 @@ def as_program(name):
     # single one.  A signal's number, though, is written to this socket at once, from below Python.
     listener, bell = socket.socketpair()
     bell.setblocking(False)
-    signal.set_wakeup_fd(bell.fileno())
+    signal.set_wakeup_fd(bell.detach())
 
-    numbers = []
-    for stop in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, stop, None)  # not every platform has all three
-        ignored = number and signal.getsignal(number) == signal.SIG_IGN
-        if number and not (ignored and stop == "SIGHUP"):  # nohup ignores SIGHUP: so do we
-            signal.signal(number, lambda number, frame: None)
-            numbers.append(number)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it: so do we
+        numbers.append(hangup)
+    for number in numbers:
+        signal.signal(number, lambda number, frame: None)
 
-    waiting = [name, numbers, listener, bell]
+    waiting = [name, numbers, listener]
     threading.Thread(target=end_on_signal, args=waiting, daemon=True).start()
 
 
-def end_on_signal(name, numbers, listener, bell):
+def end_on_signal(name, numbers, listener):
     """Wait for the number of a signal, then end the process, whatever its other threads do.
 
-    A thread of `as_program`.  It holds `bell` only to keep it open.
+    A thread of `as_program`.
     """
     number = 0
     while number not in numbers:
