@@ -25,7 +25,7 @@ from collections import Counter, namedtuple
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, mode, stdev
 
 # --------------------------------------------------------------------------------------- Languages
 # joshi: class of resource richness, 0 to 5 (Joshi et al., 2020).
@@ -583,7 +583,7 @@ def read_result(path):
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         config, accuracy = result["config"], result["accuracy"]
-        for key, kind in dict(method=str, source=str, target=str, seed=int).items():
+        for key, kind in dict(source=str, target=str, seed=int).items():
             if not isinstance(config[key], kind):
                 raise TypeError(f"{key} is {config[key]!r}")
         if not accuracy or not all(0 <= percent <= 100 for percent in accuracy.values()):
@@ -908,7 +908,7 @@ def choose_runs(runs):
         raise InputError(f"--plot: no zero-shot run of {', '.join(METHODS)} to draw")
     heading, runs = max(split_by_setting(runs), key=lambda part: len(part[1]))
     sources = [run.source for run in runs]
-    source = "joshi5" if "joshi5" in sources else max(sources, key=sources.count)
+    source = "joshi5" if "joshi5" in sources else mode(sources)
     return heading, [run for run in runs if run.source == source]
 
 
