@@ -914,10 +914,13 @@ def choose_runs(runs):
 
 def panels(order):
     """(title, codes) of each panel: languages in the order of {code: percent}, PER_ROW at most."""
-    halves = {"Seen by XLM-R in pretraining": SEEN, "Unseen": UNSEEN}
-    halves["Own languages"] = set(order) - set(LANGUAGES)
-    for title, codes in halves.items():
-        tested = sorted(sorted(set(codes) & set(order)), key=order.get)  # ties: by code
+    parts = {
+        "Seen by XLM-R in pretraining": SEEN,
+        "Unseen": UNSEEN,
+        "Own languages": order.keys() - LANGUAGES,
+    }
+    for title, codes in parts.items():
+        tested = sorted(sorted(order.keys() & codes), key=order.get)  # ties: by code
         for at in range(0, len(tested), PER_ROW):
             yield title, tested[at:at + PER_ROW]
 
