@@ -992,9 +992,8 @@ def parse(argv):
     return args
 
 
-def show(argv):
+def show(args):
     """Print the tables of a folder of runs; write the picture and the file if asked to."""
-    args = parse(argv)
     runs = load_runs(args.folder)
     print("\n".join(report(runs)))
     if args.csv:
@@ -1005,7 +1004,7 @@ def show(argv):
 
 def main(argv=None):
     """The command line; -> exit code: 0 done, 1 failed, 2 wrong input."""
-    return guarded("groups.py", lambda: show(argv))
+    return guarded("groups.py", lambda: show(parse(argv)))
 
 
 # xpe.py imports this file before torch, so that Ctrl-C answers while torch is loaded, which takes
