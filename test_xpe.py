@@ -2583,33 +2583,26 @@ def test_interval_stands_beside_the_seeds_or_their_number(answers, cells, save, 
     assert seen[:2] == cells
 
 
-@parametrize("shape, axis", [
-    ((46, 1, 204), 2),
-    ((46, 1, 204), 0),
-    ((3, 20, 4), 1),
+def sentences_lead(n):
+    """Of one seed: half of n sentences."""
+    return np.array([[1, 0] * (n // 2)])                                               # (1, n)
+
+
+def seeds_lead(n):
+    """Of 20 seeds half, in each of n sentences."""
+    return np.repeat([[1], [0]], 10, axis=0) * np.ones(n)                              # (20, n)
+
+
+@parametrize("leads, drawn", [  # an array (seeds, sentences) per language; how many are drawn
+    ([sentences_lead(204)] * 46, 204),
+    ([np.ones((1, 204)), np.zeros((1, 204))] * 23, 46),        # half of the languages
+    ([seeds_lead(4)] * 3, 20),
+    ([seeds_lead(4), seeds_lead(8)] * 3, 20),      # one draw of seeds: with two, 1.4 less
+    ([sentences_lead(16), sentences_lead(64)] * 20, 51.2),     # two draws: 1 / (1/64 + 1/256)
 ])
-def test_interval_by_hand(shape, axis):
-    """Half of the sentences, of the languages or of the seeds lead."""
-    leads = np.zeros(shape)                        # (languages, seeds, sentences)
-    leads.swapaxes(0, axis)[:shape[axis] // 2] = 1
-    half = 1.96 * 50 / shape[axis] ** 0.5
+def test_interval_by_hand(leads, drawn):
+    half = 1.96 * 50 / drawn ** 0.5
     assert groups.bootstrap(leads) == pytest.approx([50 - half, 50 + half], abs=0.12 * half)
-
-
-def test_languages_with_other_sentences_have_a_draw_of_their_own():
-    leads = [np.array([[1, 0] * 8])] * 20 + [np.array([[1, 0] * 32])] * 20
-    half = 1.96 * 50 * (1 / 64 + 1 / 256) ** 0.5
-    assert groups.bootstrap(leads) == pytest.approx([50 - half, 50 + half], abs=0.12 * half)
-
-
-def test_one_draw_of_seeds_serves_languages_of_every_length():
-    leads = [np.repeat([[1], [0]], 10, axis=0) * np.ones((1, n)) for n in (4, 8) * 3]
-    half = 1.96 * 50 / 20 ** 0.5                   # of 20 seeds half lead; two draws: 1.4 less
-    assert groups.bootstrap(leads) == pytest.approx([50 - half, 50 + half], abs=0.12 * half)
-
-
-def test_interval_of_a_lead_everywhere_is_a_point():
-    assert groups.bootstrap([np.ones((3, 4)), np.ones((3, 7))]) == pytest.approx([100, 100])
 
 
 BAD_PREDICTIONS = r"""
