@@ -2793,6 +2793,3 @@ def test_wrong_arguments_are_one_line(save, refused):
     by_groups("--bogus", "--bogus")
     save("a", 50.0, method="full")
     by_groups("no zero-shot run", "--plot x.png")
-    save("b", 60.0)
-    save("c", 60.0)
-    by_groups("runs/b and runs/c are the same run")
