@@ -2011,18 +2011,20 @@ class Terminal(io.StringIO):
         return 2
 
 
+EPOCH = dict(epoch=1, step=7000, loss=1.5, dev_loss=1.5, lr=1e-3, dev_accuracy=61.0)
+
+
 def test_one_bar_runs_over_all_epochs_of_a_resumed_run(monkeypatch, capsys):
     monkeypatch.setattr(os, "get_terminal_size", lambda file: os.terminal_size((80, 24)))
     monkeypatch.setattr(sys, "stderr", Terminal())
-    row = dict(epoch=1, step=7000, loss=1.5, dev_loss=1.5, lr=1e-3, dev_accuracy=61.0)
-    progress = xpe.Progress(7000, 60 * 3600, [row])
+    progress = xpe.Progress(7000, 60 * 3600, [EPOCH])
     log = xpe.Log(xpe.Config(toy=True, steps=24_000), progress, 1.0)
     log.bar.mininterval = 0                        # drawn at each step, not each second
     log.bar.start_t -= 3600                        # as if it had begun an hour ago
     for accuracy in (50.0, 99.0):
         for _ in range(5):
             log.step(torch.tensor(1.5), 1e-3)
-        progress.curve.append(row | {"dev_accuracy": accuracy})
+        progress.curve.append(EPOCH | {"dev_accuracy": accuracy})
         log.epoch(progress, 7)
 
     shown = re.split(r"[\r\n]", sys.stderr.getvalue())
@@ -2037,8 +2039,7 @@ def test_one_bar_runs_over_all_epochs_of_a_resumed_run(monkeypatch, capsys):
 
 @parametrize("classes, warned", [(1, True), (2, False)])
 def test_log_warns_where_all_of_dev_is_one_class(classes, warned, capsys):
-    row = dict(epoch=1, step=5, loss=1.5, dev_loss=1.5, lr=1e-3, dev_accuracy=25.0)
-    progress = xpe.Progress(5, 1.0, [row])
+    progress = xpe.Progress(7000, 1.0, [EPOCH])
     xpe.Log(xpe.Config(toy=True), progress, 1.0).epoch(progress, classes)
     assert ("predicted as one class" in capsys.readouterr().out) == warned
 
