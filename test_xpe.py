@@ -929,14 +929,14 @@ def test_non_finite_dev_loss_keeps_the_checkpoint(capsys):
 # ------------------------------------------------------------------ Sequential transfer, baseline
 
 FROM_ENGLISH = "--toy --source eng_Latn"
-LAO_KABYLE = "--target lao_Laoo,kab_Latn --languages lao_Laoo,kab_Latn --target-steps 0"
+LAO_KABYLE = "--target lao_Laoo,kab_Latn --target-steps 0"
 
 
 @pytest.fixture(scope="module")
 def transferred(tmp_path_factory):
     """A folder with a: a source run and two targets, b: the targets from that source run."""
     folder = tmp_path_factory.mktemp("transferred")
-    argv = SHORT, 60, LAO_KABYLE, "--out"
+    argv = SHORT, 60, LAO_KABYLE, "--languages lao_Laoo,kab_Latn --out"
     assert call(*argv, folder / "a") == 0
     source = folder / "a/toy-dual70-eng_Latn-s0"
     assert call(FROM_ENGLISH, LAO_KABYLE, "--out", folder / "b", "--init-from", source) == 0
@@ -960,7 +960,7 @@ def test_runs_are_the_same_by_other_paths_and_when_moved(transferred, monkeypatc
     start = "--init-from a/toy-dual70-eng_Latn-s0/"
     assert call(FROM_ENGLISH, LAO_KABYLE, "--out ./b/", start) == 0
     Path("a").rename("moved")
-    assert call(SHORT, 60, LAO_KABYLE, "--out moved") == 0
+    assert call(SHORT, 60, LAO_KABYLE, "--languages lao_Laoo,kab_Latn --out moved") == 0
     Path("moved").rename("a")
     assert files(transferred) == before
 
@@ -1098,7 +1098,8 @@ SAID = """
 --method xpe --xpe-ratio 1
 --xpe-ratio 0.3 --prompt-length 2 --mlp-hidden 7 --dropout 0.25 --head-dropout 0 --pool bos
 --backbone FacebookAI/xlm-roberta-large --data Davlan/sib200 --max-length 164
---source seen --languages kab_Latn --target full --init-from here --out there
+--source seen --languages kab_Latn --out there
+--source seen --target full --init-from here
 --steps 24000 --lr 5e-5 --prompt-lr 5e-3 --target-steps 6000 --target kab_Latn
 --steps 0 --lr 0 --prompt-lr 0 --target-steps 0 --target kab_Latn
 --clip 1e-3 --warmup 0 --weight-decay 0
@@ -1151,7 +1152,8 @@ BAD_INPUT = """
 --load there --steps 5                          | --steps has no effect with --load
 --load there --pool bos                         | --pool has no effect with --load
 --target-steps 5                                | --target-steps has no effect without --target
---target kab_Latn --init-from a --steps 5       | --steps has no effect | say --target-steps
+--target kab_Latn --init-from a --steps 0       | --steps has no effect | --target-steps
+--target kab_Latn --init-from a --languages all | --languages has no effect | --target-steps
 --target swh_Lat                                | 'swh_Lat' | swh_Latn
 --target swh_Latn --method full                 | --target | --method full
 --target-steps -1                               | --target-steps -1

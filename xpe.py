@@ -637,7 +637,11 @@ def train_and_test(model, tokenizer, cfg, task, folder):
 
 
 def transfer(cfg):
-    """Sequential transfer (4.1): a source run, then each target alone, from its prompt and head."""
+    """Sequential transfer (4.1): a source run, then each target alone, from its prompt and head.
+
+    The targets' target_steps, target_warmup and so on take the place of steps, warmup, ...; with
+    init_from there is no source run, which alone reads those and `languages`.
+    """
     # All that the targets need is read before the source run, which takes long.
     read_task(dataclasses.replace(cfg, languages=cfg.target))
     for one in configs_of_transfer(cfg):
@@ -1668,7 +1672,7 @@ HELP_GROUPS = {  # the settings from which on --help has another title
     "load": "instead of training"}
 
 
-OF_THE_SOURCE = "steps warmup dropout patience".split()
+OF_THE_SOURCE = "languages steps warmup dropout patience".split()
 WITH_LOAD = "load predict labels backbone data languages max_length device dtype toy out".split()
 
 
@@ -1684,14 +1688,15 @@ def parse(argv=None):
         default = field.metadata["default"]
         kind = dict(type=field.type, metavar="..." if default in (None, "") else default)
         if field.type is bool:
-            kind = dict(action="store_true")
+            kind = dict(action="store_true", default=None)
         group.add_argument("--" + field.name.replace("_", "-"), help=field.metadata["text"], **kind)
     said = vars(parser.parse_args(argv))
     cfg = Config(**said)
-    for name in filter(said.get, said):            # what was said
+    for name in [name for name, value in said.items() if value is not None]:
         flag = "--" + name.replace("_", "-")
         refuse({f"{flag} has no effect with --load": cfg.load and name not in WITH_LOAD,
-                f"{flag} has no effect with --target and --init-from; say --target-{name}":
+                f"{flag} has no effect with --target and --init-from: each target is tested alone, "
+                "and trained by --target-steps and so on":
                     name in OF_THE_SOURCE and cfg.target and cfg.init_from,
                 f"{flag} has no effect without --target":
                     name.startswith("target_") and not cfg.target})
