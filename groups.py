@@ -509,7 +509,7 @@ class Run:
     seed: int
     config: dict
     setting: tuple  # texts "key=value": runs that differ in one of them are never averaged
-    sentences: str  # digest of what it was trained and tested on
+    digests: dict  # of the sentences that it was trained and tested on, of what it started from
     accuracy: dict  # language -> percent
 
     @functools.cached_property
@@ -555,7 +555,7 @@ def load_runs(folder):
     if not paths:
         raise InputError(f"{folder}: no finished run in it (no */result.json)")
     runs = [load_run(path) for path in paths]
-    check_sentences(runs)
+    check_digests(runs)
     return runs
 
 
@@ -566,16 +566,18 @@ def load_run(path):
     label = label_of(config["method"], config["xpe_ratio"])
     source, target, seed = config["source"], config["target"], config["seed"]
     kind = "full" if label == "Full" else "sequential" if target else "zero-shot"
-    # Each run on a target starts from another run: there this is no setting.
+    # Each run on a target starts from another run: the setting is how that one was made.
     free = (*NOT_SETTINGS, "init_from") if target else NOT_SETTINGS
-    setting = tuple(f"{key}={config[key]}" for key in sorted(config) if key not in free)
+    setting = [f"{key}={config[key]}" for key in sorted(config) if key not in free]
     digests = result["digests"]
-    setting += (f"encoder={digests.get('encoder')}",)  # another one may bear the same name
+    setting.append(f"encoder={digests.get('encoder')}")  # another one may bear the same name
     start = Path(path.parent.parent, config.get("init_from", ""), "result.json")
     if target and start.exists():
-        setting += tuple(f"start {text}" for text in load_run(start).setting)
-    return Run(path.parent, label, kind, source, target, seed, config, setting,
-               digests.get("sentences"), result["accuracy"])
+        setting += [f"start {text}" for text in load_run(start).setting]
+    elif target:
+        setting.append(f"start={digests.get('start')}")
+    return Run(path.parent, label, kind, source, target, seed, config, tuple(setting), digests,
+               result["accuracy"])
 
 
 def read_result(path):
@@ -623,14 +625,15 @@ def split_by_setting(runs):
     return parts
 
 
-def check_sentences(runs):
-    """Raise InputError where the data changed between two runs of one setting and languages."""
+def check_digests(runs):
+    """Raise InputError where data or start changed between two runs that should share them."""
     first = {}
     for run in runs:
         alike = run.setting, run.source, run.target, run.config.get("languages")
-        other = first.setdefault(alike, run)
-        if other.sentences != run.sentences:
-            raise InputError(f"{other.folder} and {run.folder} read other sentences; move one")
+        for what, shared in (("sentences", alike), ("start", run.config.get("init_from"))):
+            other = first.setdefault((what, shared), run)
+            if other.digests.get(what) != run.digests.get(what):
+                raise InputError(f"{other.folder} and {run.folder}: not the same {what}; move one")
 
 
 def by_seed(runs, label, source, target="", codes=()):
@@ -646,7 +649,7 @@ def by_seed(runs, label, source, target="", codes=()):
 
 
 # ----------------------------------------------------------- Paired differences and their intervals
-DRAWS = 10_000  # of the bootstrap: another ten thousand move a bound by 0.02
+DRAWS = 10_000  # of the bootstrap: another ten thousand move a bound by 0.1 or less
 
 
 def draw(rng, n):
@@ -868,6 +871,9 @@ def report(runs):
         encoders, steps = distinct(part, "backbone"), distinct(part, "steps")
         lines += ["", f"## {one_line(heading)}"] if heading else []
         lines += ["", f"Backbone {encoders}; steps {steps}; runs {len(part)}."]
+        started = [run for run in part if run.kind != "sequential" and run.config.get("init_from")]
+        if started:
+            lines += ["", f"{len(started)} went on from {distinct(started, 'init_from')}."]
         lines += zero_shot_table(part, TITLE1, ["Target", "Source", *METHODS], TABLE1)
         lines += zero_shot_table(part, TITLE2, ["Method", "Source", *TARGET_GROUPS], TABLE2)
         lines += table3(part) + paired_table(part) + whole_table(part)

@@ -2666,7 +2666,29 @@ def test_runs_on_other_sentences_are_not_compared(save, rows, refused):
     save("c", 60.0, seed=1, method="xpe", digests=dict(sentences="1"))
     assert rows(LOW, "joshi5") != []
     save("d", 60.0, seed=2, method="xpe", digests=dict(sentences="3"))
-    refused("runs/a and runs/d read other sentences", main=groups.main)
+    refused("runs/a and runs/d: not the same sentences", main=groups.main)
+
+
+def test_start_that_changed_is_refused(save, rows, refused):
+    save("a", {"kab_Latn": 50.0}, target="kab_Latn", init_from="s", digests=dict(start="1"))
+    save("b", {"yor_Latn": 50.0}, target="yor_Latn", init_from="s", digests=dict(start="1"))
+    assert rows("SPT", "joshi5", "yor_Latn") != []
+    save("c", {"lao_Laoo": 50.0}, target="lao_Laoo", init_from="s", digests=dict(start="2"))
+    refused("runs/a and runs/c: not the same start", main=groups.main)
+
+
+def test_targets_of_starts_that_are_not_there_are_not_averaged(save, rows):
+    for seed in (0, 1):
+        save(f"t{seed}", {"kab_Latn": 50.0 + seed}, seed=seed, target="kab_Latn",
+             init_from=f"s{seed}", digests=dict(start=seed))
+    assert {row[1] for row in rows("SPT", "joshi5", "kab_Latn")} == {"50.0 (1)", "51.0 (1)"}
+
+
+def test_runs_that_went_on_from_others_are_told(save, capsys):
+    save("a", 50.0, init_from="s")
+    save("b", {"kab_Latn": 50.0}, target="kab_Latn", init_from="t")
+    groups.main([])
+    assert "\n1 went on from s.\n" in capsys.readouterr().out
 
 
 @parametrize("ratio, label", [(0.3, "DUAL-30"), (0.29, "DUAL-29"), (0.299, "DUAL-29.9")])
