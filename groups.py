@@ -16,7 +16,6 @@ import functools
 import gzip
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -245,12 +244,17 @@ zul_Latn 2     0          73.5    62.0   63.6   60.1  39.3  53.1  Zulu
 Language = namedtuple("Language", "name joshi seen xlmr_large zs_eng zs_ara zs_zho gpt35 gpt4")
 
 
+def parse_number(cell):
+    """A cell of a table as an int or a float; None for a dash."""
+    if cell == "-":
+        return None
+    return float(cell) if "." in cell else int(cell)
+
+
 def parse_language(line):
     """One line of TABLE as (code, Language).  The name is last because it may hold spaces."""
-    code, joshi, seen, *scores, name = line.split(None, 9)
-    joshi = None if joshi == "-" else int(joshi)
-    scores = [None if score == "-" else float(score) for score in scores]
-    return code, Language(name, joshi, seen == "1", *scores)
+    code, *numbers, name = line.split(None, 9)
+    return code, Language(name, *map(parse_number, numbers))
 
 
 LANGUAGES = dict(map(parse_language, TABLE.strip().splitlines()[1:]))
@@ -318,11 +322,11 @@ METHODS = ("SPT", "DUAL-30", "DUAL-70", "XPE")
 
 
 def parse_published(text):
-    """{(name, source): numbers} of a table with two spaces between columns; None for a dash."""
+    """{(name, source): four numbers} of a table.  The name is first because it may hold spaces."""
     table = {}
     for line in text.strip().splitlines():
-        name, source, *numbers = re.split("  +", line)
-        table[name, source] = tuple(None if n == "-" else float(n) for n in numbers)
+        name, source, *numbers = line.rsplit(None, 5)
+        table[name, source] = tuple(map(parse_number, numbers))
     return table
 
 
