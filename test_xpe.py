@@ -2130,6 +2130,7 @@ def program(work, *before):
     script = "import sys; sys.argv = ['some/xpe.py']\nimport groups, hashlib, time\nprint('ready')"
     process = spawn(*before, "python", "-c", f"{script}\n{work}", PYTHONPATH=str(HERE))
     assert process.stdout.readline() == "ready\n"  # piped output comes line by line
+    time.sleep(0.5)                                # until it is in the midst of it
     return process
 
 
