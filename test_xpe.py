@@ -2556,7 +2556,7 @@ def test_no_paired_difference_where_a_group_holds_a_source(source, save, rows):
 
 
 @parametrize("answers, cells", [
-    ([([0, 0], [1, 1]), ([0, 0], [0, 0])], ["+50.0 [+0.0, +100.0]", "s0 +100.0, s1 +0.0"]),
+    ([([0, 1], [1, 1])] * 2, ["+50.0 [+0.0, +100.0]", "s0 +50.0, s1 +50.0"]),
     ([([0, 1], [1, 1])] * 4, ["+50.0 [+0.0, +100.0]", "4 seeds"]),     # of two sentences, one leads
     ([([0, 1], [1, 1])], ["+50.0", "s0 +50.0; no interval from one seed"]),
 ])
@@ -2569,26 +2569,25 @@ def test_interval_stands_beside_the_seeds_or_their_number(answers, cells, save, 
     assert seen[:2] == cells
 
 
+def seeds_lead(ahead, behind, n):
+    """Of the seeds so many lead, and so many do not, in each of n sentences."""
+    return np.repeat([[1], [0]], [ahead, behind], axis=0) * np.ones(n)                 # (seeds, n)
+
+
 def sentences_lead(n):
-    """Of one seed: half of n sentences."""
-    return np.array([[1, 0] * (n // 2)])                                               # (1, n)
+    """Half of n sentences, with both of two seeds."""
+    return np.array([[1, 0] * (n // 2)] * 2)                                           # (2, n)
 
 
-def seeds_lead(n):
-    """Of 20 seeds half, in each of n sentences."""
-    return np.repeat([[1], [0]], 10, axis=0) * np.ones(n)                              # (20, n)
-
-
-@parametrize("leads, drawn", [  # an array (seeds, sentences) per language; how many are drawn
-    ([sentences_lead(204)] * 46, 204),
-    ([np.ones((1, 204)), np.zeros((1, 204))] * 23, 46),        # half of the languages
-    ([seeds_lead(4)] * 3, 20),
-    ([seeds_lead(4), seeds_lead(8)] * 3, 20),      # one draw of seeds: with two, 1.4 less
-    ([sentences_lead(16), sentences_lead(64)] * 20, 51.2),     # two draws: 1 / (1/64 + 1/256)
+@parametrize("leads, half", [      # an array (seeds, sentences) per language; half of the interval
+    ([sentences_lead(204)] * 46, 1.96 * 50 / 204 ** 0.5),
+    ([np.ones((2, 204)), np.zeros((2, 204))] * 23, 1.96 * 50 / 46 ** 0.5),
+    ([sentences_lead(16), sentences_lead(64)] * 20, 1.96 * 50 * (1 / 64 + 1 / 256) ** 0.5),
+    ([seeds_lead(1, 1, 4)] * 3, 12.706 * 50),      # Student's t at 97.5 %, of 1 and of 19 degrees
+    ([seeds_lead(10, 10, 4), seeds_lead(10, 10, 8)] * 3, 2.093 * 50 / 19 ** 0.5),
 ])
-def test_interval_by_hand(leads, drawn):
-    half = 1.96 * 50 / drawn ** 0.5
-    assert groups.bootstrap(leads) == pytest.approx([50 - half, 50 + half], abs=0.12 * half)
+def test_interval_by_hand(leads, half):
+    assert groups.interval(leads) == pytest.approx([50 - half, 50 + half], abs=0.06 * half)
 
 
 # The lines behind the header, where half are right in result.json.
