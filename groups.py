@@ -460,10 +460,7 @@ def as_program(name):
 
 
 def end_on_signal(name, numbers, listener):
-    """Wait for the number of a signal, then end the process, whatever its other threads do.
-
-    A thread of `as_program`.
-    """
+    """A thread: wait for a signal's number, then end the process, whatever its other threads do."""
     number = 0
     while number not in numbers:
         number = listener.recv(1)[0]
@@ -673,14 +670,11 @@ def interval(leads):
     import numpy as np
     rng = np.random.default_rng(0)
     languages = draw(rng, len(leads))  # (DRAWS, L)
-    counts = np.array([lead.shape[1] for lead in leads])
+    sentences = {n: draw(rng, n) for n in sorted({lead.shape[1] for lead in leads})}  # (DRAWS, n)
 
     means = np.zeros(DRAWS)
-    for n in sorted(set(counts)):
-        same = np.flatnonzero(counts == n)
-        over_seeds = np.array([leads[place].mean(axis=0) for place in same])  # (L, T)
-        drawn = draw(rng, n) @ over_seeds.T  # (DRAWS, T) @ (T, L) -> (DRAWS, L)
-        means += (drawn * languages[:, same]).sum(axis=1)
+    for share, lead in zip(languages.T, leads):
+        means += share * (sentences[lead.shape[1]] @ lead.mean(axis=0))
 
     seeds = np.mean([lead.mean(axis=1) for lead in leads], axis=0)  # (S,)
     error = seeds.std(ddof=1) / len(seeds) ** 0.5
