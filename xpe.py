@@ -1672,7 +1672,6 @@ HELP_GROUPS = {  # the settings from which on --help has another title
     "load": "instead of training"}
 
 
-OF_THE_SOURCE = "languages steps warmup dropout patience".split()
 WITH_LOAD = "load predict labels backbone data languages max_length device dtype toy out".split()
 
 
@@ -1694,10 +1693,11 @@ def parse(argv=None):
     cfg = Config(**said)
     for name in [name for name, value in said.items() if value is not None]:
         flag = "--" + name.replace("_", "-")
+        of_the_source = name == "languages" or f"target_{name}" in said
         refuse({f"{flag} has no effect with --load": cfg.load and name not in WITH_LOAD,
                 f"{flag} has no effect with --target and --init-from: each target is tested alone, "
                 "and trained by --target-steps and so on":
-                    name in OF_THE_SOURCE and cfg.target and cfg.init_from,
+                    of_the_source and cfg.target and cfg.init_from,
                 f"{flag} has no effect without --target":
                     name.startswith("target_") and not cfg.target})
     return cfg
