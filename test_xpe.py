@@ -2607,10 +2607,10 @@ def test_predictions_of_another_run_are_refused(row, save):
     lines, words = row
     save("a", {"en": 50.0})
     content = unescaped("language,row,label,predicted\n" + lines)
-    Path("runs/a/predictions.csv").write_bytes(content)
+    path = Path("runs/a/predictions.csv")
     if "gz" in words:
-        Path("runs/a/predictions.csv").unlink()
-        Path("runs/a/predictions.csv.gz").write_bytes(gzip.compress(content)[:-9])
+        path, content = path.with_suffix(".csv.gz"), gzip.compress(content)[:-9]
+    path.write_bytes(content)
     (run,) = groups.load_runs("runs")
     with pytest.raises(groups.InputError, match=f"a/predictions.{words}"):
         run.answers
