@@ -999,6 +999,7 @@ def test_start_that_does_not_fit_is_refused(refused):
     argv = "--toy --target kab_Latn --init-from", dual
     refused("--init-from | --source eng_Latn", *argv)
     refused("--init-from | --pool first", *argv, "--source eng_Latn --pool bos")
+    refused("leave --labels out", *argv, "--source eng_Latn --labels a,b")
     for folder in (dual, HERE, short):             # short would be broadcast
         refused(f"{folder}: does not fit", "--method spt", SHORT, "0 --init-from", folder)
     refused("adapter: does not fit", "--method xpe", SHORT, "0 --init-from", dual / "adapter")

@@ -1470,6 +1470,7 @@ def start_from(folder, model, labels, cfg):
             made = dict(pool="first", source=",".join(adapter.languages) or cfg.source)
             encoder = digest_of(cfg.backbone)      # nobody knows
         else:
+            refuse({where + "a run knows the names of its classes; leave --labels out": cfg.labels})
             tensors = read_checkpoint(folder / "checkpoint.pt")["progress"]["best"]
             result = json.loads((folder / "result.json").read_bytes())
             theirs, made, encoder = result["labels"], result["config"], result["digests"]["encoder"]
