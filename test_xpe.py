@@ -975,10 +975,11 @@ def test_target_keeps_the_labels_of_its_source(own, refused):
     assert result("runs/toy-dual70-xx-yy-s0")["accuracy"] == {"yy": accuracy["yy"]}
 
 
-@parametrize("start", ["", "a"])
-def test_run_on_a_target_is_refused_but_from_transfer(start):
+@parametrize("start, languages", [("", "all"), ("a", "all"), ("a", "kab_Latn")])
+def test_run_on_a_target_is_refused_but_from_transfer(start, languages):
     """Else it would train with the source's steps, and count as a transfer."""
-    cfg = xpe.Config(toy=True, source="eng_Latn", target="kab_Latn", init_from=start)
+    cfg = xpe.Config(toy=True, source="eng_Latn", target="kab_Latn", init_from=start,
+                     languages=languages)
     with pytest.raises(xpe.InputError, match="transfer"):
         xpe.run(cfg)
 
@@ -991,6 +992,13 @@ def test_adapter_starts_no_transfer_with_other_languages_or_pool(refused):
     assert call(*argv, "--source eng_Latn") == 0
     (adapter / "xpe.json").unlink()                # as PEFT leaves one: nobody knows its languages
     assert call(*argv, "--out other --labels", ",".join(groups.LABELS)) == 0
+
+
+def test_run_on_a_target_starts_no_transfer_from_its_source(refused):
+    argv = "--toy --source eng_Latn --target-steps 0"
+    assert call(argv, "--steps 1 --target kab_Latn") == 0
+    kabyle = "runs/toy-dual70-eng_Latn-kab_Latn-s0"
+    refused("with --source kab_Latn", argv, "--target swh_Latn --init-from", kabyle)
 
 
 def test_start_that_does_not_fit_is_refused(refused):
@@ -1187,6 +1195,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(row, refused):
     before = sorted(Path().rglob("*"))
     refused(words, "--toy", argv)
     assert sorted(Path().rglob("*")) == before
+
+
+@parametrize("argv", ["--backbone toy", "--data toy", "--load adapter --languages kab_Latn"])
+def test_toy_without_its_flag_is_refused(argv, refused):
+    """Its numbers would pass for real ones."""
+    edit("adapter_config.json", base_model_name_or_path="toy")(toy_adapter())
+    refused("belongs to --toy", argv)
 
 
 BAD_DATA = r"""
@@ -1534,6 +1549,8 @@ def test_order_of_the_classes(vectors, said, expected, capsys, refused):
     note = "" if said else f"are taken, from {expected[0]} to {expected[-1]}; --labels says others"
     assert note in capsys.readouterr().err
     refused("7 classes | 2 are named: a, b", "--toy --labels a,b --load adapter")
+    toy_adapter()                                  # which has names
+    refused("leave --labels out", "--toy --labels g,f,e,d,c,b,a --load adapter")
 
 
 def test_classes_are_known_by_their_names(refused):
@@ -1723,7 +1740,7 @@ def test_lack_of_memory_is_one_line(error, monkeypatch, capsys):
 
 # ------------------------------------------------------------------- Encoders that a user brings
 
-LOADED = "--data toy --languages eng_Latn --max-length 32"
+LOADED = "--toy --languages eng_Latn --max-length 32"
 RUN = LOADED + " --source eng_Latn --prompt-length 6 --steps 2"
 SMALL = dict(vocab_size=424, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
              intermediate_size=64, max_position_embeddings=130, pad_token_id=1, bos_token_id=0,

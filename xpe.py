@@ -591,9 +591,8 @@ def run(cfg, wait=False):
 
     wait: where another process is at work on the same run, wait for it; else InputError.
     """
-    of_transfer = cfg.init_from and cfg.languages == cfg.target
     refuse({"a run on a target starts from another: call transfer(cfg)":
-            cfg.target and not of_transfer})
+            cfg.target and [cfg] != configs_of_transfer(cfg)})
     print(f"{run_name(cfg)}: reading the sentences")
     task = read_task(cfg)
     folder = RunFolder(cfg, task)
@@ -1141,6 +1140,8 @@ def check_together(cfg):
     mixed = method == "dual" and 0 < cfg.xpe_ratio < 1
     of_prompts = cfg.prompt_length or cfg.target or cfg.dtype == "bf16"
     refuse({
+        "toy, as an encoder or as data, belongs to --toy; a folder of this name is ./toy":
+            "toy" in (cfg.backbone, cfg.data) and not cfg.toy,
         "--predict needs --load, the folder of an adapter": cfg.predict and not cfg.load,
         "--labels names the classes of an adapter: it needs --load or --init-from":
             cfg.labels and not cfg.load and not cfg.init_from,
@@ -1467,16 +1468,17 @@ def start_from(folder, model, labels, cfg):
             adapter = read_adapter(folder)
             tensors = trainable(load_adapter(folder, model.backbone))
             theirs = class_names(adapter, cfg.labels)
-            made = dict(pool="first", source=",".join(adapter.languages) or cfg.source)
+            made = dict(pool="first", target="", source=",".join(adapter.languages) or cfg.source)
             encoder = digest_of(cfg.backbone)      # nobody knows
         else:
             refuse({where + "a run knows the names of its classes; leave --labels out": cfg.labels})
             tensors = read_checkpoint(folder / "checkpoint.pt")["progress"]["best"]
             result = json.loads((folder / "result.json").read_bytes())
             theirs, made, encoder = result["labels"], result["config"], result["digests"]["encoder"]
+        learned = made["target"] or made["source"]
         refuse({
-            where + "it was trained with --source {source} --pool {pool}".format(**made):
-                made["pool"] != cfg.pool or cfg.target and other_source(made["source"], cfg),
+            where + f"it was trained with --source {learned} --pool {made['pool']}":
+                made["pool"] != cfg.pool or cfg.target and other_source(learned, cfg),
             where + "it was trained with another encoder": encoder != digest_of(cfg.backbone),
             where + f"its labels are {', '.join(theirs)}, not {', '.join(labels)}":
                 set(theirs) != set(labels),
@@ -1495,6 +1497,8 @@ def other_source(source, cfg):
 def class_names(adapter, said=""):
     """The names of an Adapter's classes, in order: those `said` (a,b,c), else its own, else guessed
     with a note.  Raises InputError where they are not as many as its classes."""
+    refuse({"the adapter knows the names of its classes; leave --labels out":
+            said and adapter.labels})
     labels = [name.strip() for name in said.split(",")] if said else adapter.labels
     if not labels:                                 # AUTHORS: the data set's own order
         labels = list(groups.SIB200_ORDER) if adapter.of_authors else sorted(groups.LABELS)
