@@ -2709,6 +2709,15 @@ def test_runs_that_went_on_from_others_are_told(save, capsys):
     assert "\n1 went on from s.\n" in capsys.readouterr().out
 
 
+@parametrize("start, said", [("s0", True), ("s1", False)])
+def test_seeds_that_share_their_start_are_told(start, said, save, capsys):
+    for seed, init_from in enumerate(("s0", start)):
+        save(f"s{seed}", 50.0, seed=seed)
+        save(f"t{seed}", {"kab_Latn": 50.0}, seed=seed, target="kab_Latn", init_from=init_from)
+    groups.main([])
+    assert ("share their start" in capsys.readouterr().out) == said
+
+
 @parametrize("ratio, label", [(0.3, "DUAL-30"), (0.29, "DUAL-29"), (0.299, "DUAL-29.9")])
 def test_ratios_that_are_not_the_papers_have_names_of_their_own(ratio, label):
     assert groups.label_of("dual", ratio) == label
