@@ -630,8 +630,12 @@ def check_digests(runs):
     """Raise InputError where data or start changed between two runs that should share them."""
     first = {}
     for run in runs:
-        alike = run.setting, run.source, run.target, run.config.get("languages")
-        for what, shared in (("sentences", alike), ("start", run.config.get("init_from"))):
+        alike = {
+            "training sentences": (run.setting, run.source, run.target),
+            "test sentences": (run.setting, run.config.get("languages")),
+            "start": run.config.get("init_from"),
+        }
+        for what, shared in alike.items():
             other = first.setdefault((what, shared), run)
             if other.digests.get(what) != run.digests.get(what):
                 raise InputError(f"{other.folder} and {run.folder}: not the same {what}; move one")

@@ -782,7 +782,7 @@ def test_changed_data_are_refused(end, split, own, refused):
         (folder / "result.json").unlink()
     before = files(folder)
     write_tsv(f"own/xx/{split}.tsv", [("b", WORDS["b"]), ("a", WORDS["a"])])
-    refused([folder.name, "sentences"], argv)
+    refused([folder.name, f"{'test' if split == 'test' else 'training'} sentences ("], argv)
     assert files(folder) == before
 
 
@@ -2678,13 +2678,18 @@ def test_targets_that_started_from_other_steps_are_not_averaged(save, rows):
     assert scores == {"50.0 (1)", "51.0 (1)"}
 
 
-def test_runs_on_other_sentences_are_not_compared(save, rows, refused):
-    save("a", 50.0, digests=dict(sentences="1"))
-    save("b", {"xx": 50.0}, seed=9, languages="xx", digests=dict(sentences="2"))
-    save("c", 60.0, seed=1, method="xpe", digests=dict(sentences="1"))
+@parametrize("what", ["training sentences", "test sentences"])
+@parametrize("languages, alike", [("all", True), ("xx", False)])
+def test_runs_on_other_sentences_are_not_compared(what, languages, alike, save, rows, refused):
+    save("a", 50.0, digests={what: "1"})
+    save("b", 60.0, seed=1, method="xpe", digests={what: "1"})
+    save("c", 60.0, seed=1, source="seen", digests={"training sentences": "2", what: "1"})
     assert rows(LOW, "joshi5") != []
-    save("d", 60.0, seed=2, method="xpe", digests=dict(sentences="3"))
-    refused("runs/a and runs/d: not the same sentences", main=groups.main)
+    save("d", 60.0, seed=2, method="xpe", languages=languages, digests={what: "3"})
+    if alike or what == "training sentences":
+        refused(f"runs/a and runs/d: not the same {what}", main=groups.main)
+    else:
+        assert rows(LOW, "joshi5") != []
 
 
 def test_start_that_changed_is_refused(save, rows, refused):

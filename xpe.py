@@ -1405,13 +1405,19 @@ def read_task(cfg):
         train = load_examples(cfg.data, targets, "train", labels)
     dev = load_examples(cfg.data, targets, "dev", labels)
     test = load_examples(cfg.data, tested, "test", labels)
-    sentences = hashlib.sha256(repr((train, dev, test, labels)).encode()).hexdigest()[:12]
-    digests = dict(sentences=sentences, encoder=digest_of(cfg.backbone))
+    digests = {"training sentences": digest_of_text((train, dev, labels)),
+               "test sentences": digest_of_text(test),
+               "encoder": digest_of(cfg.backbone)}
     if cfg.init_from:
         if not Path(cfg.init_from).is_dir():
             raise InputError(f"--init-from {cfg.init_from}: no such folder")
         digests["start"] = digest_of(cfg.init_from) + cfg.labels
     return Task(train, dev, test, labels, digests)
+
+
+def digest_of_text(things):
+    """A digest of how things are printed."""
+    return hashlib.sha256(repr(things).encode()).hexdigest()[:12]
 
 
 def digest_of(folder):
