@@ -981,7 +981,7 @@ def plot(runs, path):
         axes.set_xlim(-1, max(len(codes) for _, codes in rows))  # the last row may be shorter
 
     encoder, steps = distinct(runs, "backbone"), distinct(runs, "steps")
-    caption = f"Zero-shot from {runs[0].source}: {Path(encoder).name}, {steps} steps"
+    caption = f"Trained on {runs[0].source}: {Path(encoder).name}, {steps} steps"
     lines = [caption, heading, "Bold red: low-performing languages"]
     figure.suptitle("\n".join(filter(None, lines)), fontsize=10, parse_math=False)
     handles = figure.axes[0].get_legend_handles_labels()

@@ -32,6 +32,7 @@ import subprocess
 import sys
 import termios
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
@@ -1952,8 +1953,9 @@ def copied():
     ids = torch.full((2, 6), 5)
     names = pasted("Optimizer and schedule", math=math)
     names |= pasted("The prompts", nn=nn, F=F)
-    names |= dict(backbone=encoder(), batches=[(ids, torch.ones_like(ids), ids[:, 0])] * 3)
-    exec(first.replace("1024", "64"), names)       # the toy's hidden size
+    toy = types.SimpleNamespace(from_pretrained=lambda name, add_pooling_layer: encoder())
+    names |= dict(AutoModel=toy, batches=[(ids, torch.ones_like(ids), ids[:, 0])] * 3)
+    exec(first, names)
     return names, second
 
 

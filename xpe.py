@@ -12,8 +12,8 @@ never trained on:
     python xpe.py --backbone DIR --data DIR       # a local encoder, local files
 
 In low-performing languages the toy ends at 39.9 %, which means nothing about
-real ones; the paper has 37.3 % for the second, the mean of ten seeds.  Not in
-here: other tasks than text classification, decoders, training on several GPUs.
+real ones; for the second command the paper has 37.3 %, a mean of ten seeds.
+Not in here: other tasks than text classification, decoders, several GPUs.
 
 Part I is the method, from the prompt to whole runs; Part II makes it fast, safe
 and convenient.  Letters: B batch, T text length, P prompt length, H hidden size
@@ -510,7 +510,7 @@ class Progress:
 
     def finished(self, cfg):
         """All steps are made, or the dev loss has not fallen for so many epochs (4.4)."""
-        # PAPER 4.4: after the first cycle.  AUTHORS: only epochs from half of the steps on count
+        # PAPER 4.4: after the first cycle.  AUTHORS, and here: epochs from half of the steps on
         late = [epoch["dev_loss"] for epoch in self.curve if epoch["step"] >= cfg.steps // 2]
         waited = len(late) - 1 - late.index(min(late)) if late else 0
         return bool(self.curve) and (self.step >= cfg.steps or waited >= cfg.patience)
@@ -670,7 +670,7 @@ LIKE_XLM_R = ("bert", "camembert", "roberta", "xlm-roberta")       # layers that
 
 
 def fast(model):
-    """A context in which a model computes the same in less time; without it no result changes."""
+    """A context in which a model computes the same in less time, dropout with other masks."""
     on_cpu = model.backbone.device.type == "cpu"
     return FastOnCPU(model) if on_cpu else contextlib.nullcontext()
 
