@@ -876,8 +876,9 @@ def report(runs):
         started = [run for run in part if run.kind != "sequential" and run.config.get("init_from")]
         if started:
             lines += ["", f"{len(started)} went on from {distinct(started, 'init_from')}."]
-        starts = Counter((run.label, run.target, run.config.get("init_from")) for run in part)
-        if any(target and n > 1 for (_, target, _), n in starts.items()):
+        starts = Counter((run.label, run.target, run.config.get("init_from"))
+                         for run in part if run.target)
+        if any(seeds > 1 for seeds in starts.values()):
             lines += ["", "Some seeds of a target share their start: their ± lacks its scatter."]
         lines += zero_shot_table(part, TITLE1, ["Target", "Source", *METHODS], TABLE1)
         lines += zero_shot_table(part, TITLE2, ["Method", "Source", *TARGET_GROUPS], TABLE2)
