@@ -2680,18 +2680,24 @@ def test_targets_that_started_from_other_steps_are_not_averaged(save, rows):
     assert scores == {"50.0 (1)", "51.0 (1)"}
 
 
-@parametrize("what", ["training sentences", "test sentences"])
-@parametrize("languages, alike", [("all", True), ("xx", False)])
-def test_runs_on_other_sentences_are_not_compared(what, languages, alike, save, rows, refused):
+@parametrize("what, languages", [
+    ("training sentences", "all"),
+    ("training sentences", "xx"),
+    ("test sentences", "all"),
+])
+def test_runs_on_other_sentences_are_not_compared(what, languages, save, rows, refused):
     save("a", 50.0, digests={what: "1"})
     save("b", 60.0, seed=1, method="xpe", digests={what: "1"})
     save("c", 60.0, seed=1, source="seen", digests={"training sentences": "2", what: "1"})
     assert rows(LOW, "joshi5") != []
     save("d", 60.0, seed=2, method="xpe", languages=languages, digests={what: "3"})
-    if alike or what == "training sentences":
-        refused(f"runs/a and runs/d: not the same {what}", main=groups.main)
-    else:
-        assert rows(LOW, "joshi5") != []
+    refused(f"runs/a and runs/d: not the same {what}", main=groups.main)
+
+
+def test_runs_tested_in_other_languages_have_other_test_sentences(save, rows):
+    save("a", 50.0, digests={"test sentences": "1"})
+    save("b", 60.0, seed=2, method="xpe", languages="xx", digests={"test sentences": "3"})
+    assert rows(LOW, "joshi5") != []
 
 
 def test_start_that_changed_is_refused(save, rows, refused):
