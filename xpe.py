@@ -183,13 +183,13 @@ class PromptedClassifier(nn.Module):
         x = torch.cat([prompt, words], dim=1)                              # (B, P + T, H)
         mask = F.pad(attention_mask, (P, 0), value=1)    # (B, P + T)
 
-        # The backbone itself adds positions, counted through prompt and text, and its LayerNorm.
+        # The backbone adds positions, counted through prompt and text, and applies its LayerNorm.
         states = self.backbone(inputs_embeds=x, attention_mask=mask).last_hidden_state
         pooled = POOLS[self.pool](states, mask, P)                         # (B, H)
         return self.head(pooled.float())                                   # (B, C)
 
     def cache_prompt(self):
-        """Keep only the finished prompt (3.1): inference needs no encoder and no pseudo prompt."""
+        """Keep only the finished prompt (3.1): inference needs neither MLP nor pseudo prompt."""
         finished = self.eval().prompt().detach().clone()                   # (P, H)
         self.prompt = SoftPrompt(*finished.shape)
         self.prompt.vectors = nn.Parameter(finished, requires_grad=False)
@@ -290,7 +290,7 @@ class Config:
     mlp_hidden: int = setting(256, "width of the prompt encoder (AUTHORS)", least=1)
     dropout: float = setting(0.1, "dropout in the prompt encoder (AUTHORS)", below=1)
     head_dropout: float = setting(0.1, "dropout in the classification head", below=1)
-    pool: str = setting("first", "the head reads the first virtual token, or bos: <s>",
+    pool: str = setting("first", "the head reads first: a virtual token, or bos: <s>",
                         choices=POOLS)
     backbone: str = setting("FacebookAI/xlm-roberta-large", "encoder: hub name or folder (4.1)",
                             toy="toy")
@@ -308,14 +308,14 @@ class Config:
     batch_size: int = setting(32, "sentences per step (4.4)", least=1)
     lr: float = setting(5e-5, "peak learning rate of prompt encoder and head (4.4)", toy=3e-3)
     prompt_lr: float = setting(5e-3, "peak learning rate of the free vectors (4.4)", toy=5e-2)
-    weight_decay: float = setting(None, "of encoder and head [0.1; 0.01 if released] (4.4)")
+    weight_decay: float = setting(None, "of prompt encoder and head [0.1; 0.01 if released] (4.4)")
     warmup: float = setting(0.1, "share of steps with warm-up (AUTHORS)", below=1)
     cycles: int = setting(2, "cosine cycles, each from the peak to zero (4.4)", least=1)
     clip: float = setting(1.0, "largest global norm of the gradient (AUTHORS)",
                           least=1e-6)
     patience: int = setting(20, "epochs without a better dev loss (4.4), from half-time (AUTHORS)",
                             least=1)
-    recipe: str = setting("paper", "as in the paper, or as the authors released",
+    recipe: str = setting("paper", "paper, or released: as in the authors' program",
                           choices=("paper", "released"))
     backbone_dropout: str = setting("on", "the frozen backbone's own dropout: on or off",
                                     choices=("on", "off"))
@@ -447,7 +447,7 @@ def rate_and_decay(module, parameter, cfg):
         return cfg.prompt_lr, 0.0                  # AUTHORS: the pseudo prompt moves fast
     if released and parameter.dim() == 1:
         return cfg.lr, 0.0                         # AUTHORS: no decay on biases
-    return cfg.lr, cfg.weight_decay                # PAPER 4.4: the pseudo prompt is in the encoder
+    return cfg.lr, cfg.weight_decay                # PAPER 4.4: the pseudo prompt with its encoder
 
 
 def parameter_groups(model, cfg):
@@ -591,6 +591,7 @@ def run(cfg, wait=False):
 
     wait: where another process is at work on the same run, wait for it; else InputError.
     """
+    # Each config that transfer makes is its own only one, and passes.
     refuse({"a run on a target starts from another: call transfer(cfg)":
             cfg.target and [cfg] != configs_of_transfer(cfg)})
     print(f"{run_name(cfg)}: reading the sentences")
@@ -638,8 +639,8 @@ def train_and_test(model, tokenizer, cfg, task, folder):
 def transfer(cfg):
     """Sequential transfer (4.1): a source run, then each target alone, from its prompt and head.
 
-    The targets' target_steps, target_warmup and so on take the place of steps, warmup, ...; with
-    init_from there is no source run, which alone reads those and `languages`.
+    On the targets target_steps, target_warmup, ... take the place of steps, warmup, ..., which
+    only the source run reads, as it does `languages`; with init_from there is none.
     """
     # All that the targets need is read before the source run, which takes long.
     read_task(dataclasses.replace(cfg, languages=cfg.target))
@@ -919,7 +920,7 @@ class RunFolder:
                 languages=sorted({example.code for example in task.train}),
                 max_length=config["max_length"], groups=result["groups"]))
         else:
-            print("no adapter: PEFT's head reads position 0, behind a prompt")
+            print("no adapter: PEFT's needs a prompt, and a head that reads position 0")
         versions = dict(python=sys.version.split()[0], torch=torch.__version__)
         result = dict(self.made_from, versions=versions, labels=task.labels, **result)
         write_file(self.path / "result.json", json.dumps(result, indent=1))
