@@ -1159,6 +1159,7 @@ BAD_INPUT = """
 --colour red                                    | --colour
 --predict file                                  | --predict | --load
 --labels a,b                                    | --labels names the classes of an adapter
+--init-from=                                    | --init-from is empty
 --load there --steps 5                          | --steps has no effect with --load
 --load there --pool bos                         | --pool has no effect with --load
 --target-steps 5                                | --target-steps has no effect without --target

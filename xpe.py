@@ -1706,7 +1706,8 @@ def parse(argv=None):
     for name in [name for name, value in said.items() if value is not None]:
         flag = "--" + name.replace("_", "-")
         of_the_source = name == "languages" or f"target_{name}" in said
-        refuse({f"{flag} has no effect with --load": cfg.load and name not in WITH_LOAD,
+        refuse({f"{flag} is empty: leave it out, or give a value": said[name] == "",
+                f"{flag} has no effect with --load": cfg.load and name not in WITH_LOAD,
                 f"{flag} has no effect with --target and --init-from: each target is tested alone, "
                 "and trained by --target-steps and so on":
                     of_the_source and cfg.target and cfg.init_from,
