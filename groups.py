@@ -892,16 +892,21 @@ def distinct(runs, key):
 
 
 # ---------------------------------------------------------------------------- Language by language
-CSV_COLUMNS = "run method ratio source target seed code name seen low_performing accuracy"
+CSV_COLUMNS = "run setting method ratio source target seed code name seen low_performing accuracy"
 
 
 def write_csv(runs, path):
-    """One row per run and language, accuracy in percent; seen and low_performing are 1 or 0."""
+    """One row per run and language, accuracy in percent; seen and low_performing are 1 or 0.
+
+    setting: its number, from 1; runs of two settings are not to be averaged.
+    """
+    settings = list(dict.fromkeys(run.setting for run in runs))
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         out = csv.writer(file)
         out.writerow(CSV_COLUMNS.split())
         for run in runs:
-            cell = [run.folder.name, run.label, run.config["xpe_ratio"]]
+            cell = [run.folder.name, 1 + settings.index(run.setting)]
+            cell += [run.label, run.config["xpe_ratio"]]
             cell += [run.source, run.target, run.seed]
             for code, percent in run.accuracy.items():
                 name = LANGUAGES[code].name if code in LANGUAGES else ""

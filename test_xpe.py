@@ -2750,15 +2750,19 @@ def test_every_run_has_a_row_also_without_a_cell_in_the_paper(save, rows, refuse
 
 
 LANGUAGES_CSV = """\
-run,method,ratio,source,target,seed,code,name,seen,low_performing,accuracy
-a,SPT,0.0,joshi5,,0,nqo_Nkoo,N’ko,0,1,30.0
-a,SPT,0.0,joshi5,,0,fra_Latn,French,1,0,40.0
-a,SPT,0.0,joshi5,,0,mine,,0,0,9.5
+run,setting,method,ratio,source,target,seed,code,name,seen,low_performing,accuracy
+a,1,SPT,0.0,joshi5,,0,nqo_Nkoo,N’ko,0,1,30.0
+a,1,SPT,0.0,joshi5,,0,fra_Latn,French,1,0,40.0
+a,1,SPT,0.0,joshi5,,0,mine,,0,0,9.5
+b,2,SPT,0.0,joshi5,,0,fra_Latn,French,1,0,50.0
+c,1,SPT,0.0,joshi5,,1,fra_Latn,French,1,0,60.0
 """
 
 
 def test_csv_has_a_row_per_run_and_language(save):
     save("a", {"nqo_Nkoo": 30.0, "fra_Latn": 40.0, "mine": 9.5})
+    save("b", {"fra_Latn": 50.0}, steps=200)
+    save("c", {"fra_Latn": 60.0}, seed=1)
     assert groups.main(["--csv", "x.csv"]) == 0
     assert Path("x.csv").read_text(encoding="utf-8") == LANGUAGES_CSV
 
