@@ -573,12 +573,17 @@ def load_run(path):
     digests = result["digests"]
     setting.append(f"encoder={digests.get('encoder')}")  # another one may bear the same name
     start = Path(path.parent.parent, config.get("init_from", ""), "result.json")
-    if target and start.exists():
+    if target and start.exists() and is_of_start(digests, read_result(start)):
         setting += [f"start {text}" for text in load_run(start).setting]
     elif target:
         setting.append(f"start={digests.get('start')}")
     return Run(path.parent, label, kind, source, target, seed, config, tuple(setting), digests,
                result["accuracy"])
+
+
+def is_of_start(digests, start):
+    """Did a run with these digests start from this result, or from what lay there before?"""
+    return start.get("as_start") in (None, digests.get("start"))  # runs of old do not tell
 
 
 def read_result(path):
@@ -632,7 +637,7 @@ def check_digests(runs):
     for run in runs:
         alike = {
             "training sentences": (run.setting, run.source, run.target),
-            "test sentences": (run.setting, run.config.get("languages")),
+            "test sentences": (run.config.get("data"), run.config.get("languages")),
             "start": run.config.get("init_from"),
         }
         for what, shared in alike.items():

@@ -2513,7 +2513,7 @@ def save(empty_folder):
     A number stands for all the languages.  `right`, the answers of each sentence in order, leaves
     predictions.csv too, where each label is a, and then gives the accuracy.
     """
-    def save(name, accuracy, right=None, digests={}, **config):
+    def save(name, accuracy, right=None, digests={}, as_start=None, **config):
         defaults = dict(method="spt", xpe_ratio=0.0, source="joshi5", target="", seed=0,
                         toy=False, steps=100, backbone="b", languages="all")
         if not isinstance(accuracy, dict):
@@ -2526,7 +2526,7 @@ def save(empty_folder):
                      for row, answer in enumerate(answers)]
             text = "language,row,label,predicted\n" + "".join(lines)
             (folder / "predictions.csv").write_text(text)
-        run = dict(config=defaults | config, accuracy=accuracy, digests=digests)
+        run = dict(config=defaults | config, accuracy=accuracy, digests=digests, as_start=as_start)
         (folder / "result.json").write_text(json.dumps(run))
     return save
 
@@ -2679,6 +2679,36 @@ def test_targets_that_started_from_other_steps_are_not_averaged(save, rows):
              init_from=f"s{seed}", **DUAL)
     scores = {row[1].split(" · ")[0] for row in rows("All", "DUAL-70")}
     assert scores == {"50.0 (1)", "51.0 (1)"}
+
+
+def test_targets_of_a_start_that_was_made_again_are_not_averaged(save, rows):
+    for seed, start in enumerate("aa"):
+        save(f"s{seed}", 50.0, seed=seed, as_start=start)
+        save(f"t{seed}", {"kab_Latn": 50.0 + seed}, seed=seed, target="kab_Latn",
+             init_from=f"s{seed}", digests=dict(start="a"))
+    assert [row[1] for row in rows("SPT", "joshi5", "kab_Latn")] == ["50.5 ± 0.7 (2)"]
+    shutil.rmtree("runs/s0")
+    save("s0", 50.0, as_start="b")
+    scores = {row[1] for row in rows("SPT", "joshi5", "kab_Latn")}
+    assert scores == {"50.0 (1)", "51.0 (1)"}
+
+
+def test_result_tells_what_runs_that_start_from_it_note(transferred):
+    folders = [transferred / "a" / f"toy-dual70-eng_Latn-{name}"
+               for name in ("s0", "lao_Laoo-s0", "kab_Latn-s0")]
+    source, *targets = [result(folder) for folder in folders]
+    assert {target["digests"]["start"] for target in targets} == {source["as_start"]}
+
+
+def test_kinds_tested_on_other_sentences_are_not_compared(save, rows, refused):
+    full = dict(method="full", xpe_ratio=None, source="kab_Latn", languages="kab_Latn")
+    save("f", {"kab_Latn": 50.0}, digests={"test sentences": "1"}, **full)
+    save("t", {"kab_Latn": 50.0}, digests={"test sentences": "1"}, target="kab_Latn",
+         languages="kab_Latn")
+    assert rows("SPT", "joshi5", "kab_Latn") != []
+    save("u", {"kab_Latn": 50.0}, digests={"test sentences": "2"}, target="kab_Latn",
+         languages="kab_Latn", seed=1)
+    refused("runs/f and runs/u: not the same test sentences", main=groups.main)
 
 
 @parametrize("what, languages", [

@@ -922,7 +922,8 @@ class RunFolder:
         else:
             print("no adapter: PEFT's needs a prompt, and a head that reads position 0")
         versions = dict(python=sys.version.split()[0], torch=torch.__version__)
-        result = dict(self.made_from, versions=versions, labels=task.labels, **result)
+        result = dict(self.made_from, versions=versions, labels=task.labels,
+                      as_start=digest_of(self.path), **result)     # the `start` of runs from here
         write_file(self.path / "result.json", json.dumps(result, indent=1))
 
     def tidy(self):
