@@ -991,8 +991,14 @@ def test_adapter_starts_no_transfer_with_other_languages_or_pool(refused):
     refused("trained with --source eng_Latn", *argv)
     refused("--pool first", *argv, "--source eng_Latn --pool bos")
     assert call(*argv, "--source eng_Latn") == 0
-    (adapter / "xpe.json").unlink()                # as PEFT leaves one: nobody knows its languages
-    assert call(*argv, "--out other --labels", ",".join(groups.LABELS)) == 0
+
+
+def test_adapter_without_languages_counts_as_from_the_source(capsys):
+    adapter = launch("--method spt", SHORT, 0, out="begun") / "adapter"
+    (adapter / "xpe.json").unlink()                # as PEFT leaves one
+    argv = "--toy --method spt --target-steps 0 --target kab_Latn --init-from", adapter
+    assert call(*argv, "--labels", ",".join(groups.LABELS)) == 0
+    assert "does not say what it was trained on" in capsys.readouterr().err
 
 
 def test_run_on_a_target_starts_no_transfer_from_its_source(refused):
@@ -1012,6 +1018,9 @@ def test_start_that_does_not_fit_is_refused(refused):
     for folder in (dual, HERE, short):             # short would be broadcast
         refused(f"{folder}: does not fit", "--method spt", SHORT, "0 --init-from", folder)
     refused("adapter: does not fit", "--method xpe", SHORT, "0 --init-from", dual / "adapter")
+    other = launch(SHORT, 2, out="other")
+    shutil.copy(other / "checkpoint.pt", dual)
+    refused("checkpoint.pt is of another training", *argv, "--source eng_Latn")
     (dual / "result.json").unlink()
     refused("--init-from | must be finished", *argv, "--source eng_Latn")
     assert not Path("runs").exists()

@@ -1478,10 +1478,16 @@ def start_from(folder, model, labels, cfg):
             theirs = class_names(adapter, cfg.labels)
             made = dict(pool="first", target="", source=",".join(adapter.languages) or cfg.source)
             encoder = digest_of(cfg.backbone)      # nobody knows
+            if cfg.target and not adapter.languages:
+                print(f"{folder} does not say what it was trained on: it counts as --source "
+                      f"{cfg.source}", file=sys.stderr)
         else:
             refuse({where + "a run knows the names of its classes; leave --labels out": cfg.labels})
-            tensors = read_checkpoint(folder / "checkpoint.pt")["progress"]["best"]
+            progress = read_checkpoint(folder / "checkpoint.pt")["progress"]
+            tensors = progress["best"]
             result = json.loads((folder / "result.json").read_bytes())
+            refuse({where + "its checkpoint.pt is of another training than its result.json; train "
+                    "it again in another --out": progress["curve"] != result["dev_curve"]})
             theirs, made, encoder = result["labels"], result["config"], result["digests"]["encoder"]
         learned = made["target"] or made["source"]
         refuse({
