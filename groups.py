@@ -512,6 +512,7 @@ class Run:
     setting: tuple  # texts "key=value": runs that differ in one of them are never averaged
     digests: dict  # of the sentences that it was trained and tested on, of what it started from
     accuracy: dict  # language -> percent
+    as_start: str  # the digest that runs which start from it note; None in runs of old
 
     @functools.cached_property
     def answers(self):
@@ -573,17 +574,13 @@ def load_run(path):
     digests = result["digests"]
     setting.append(f"encoder={digests.get('encoder')}")  # another one may bear the same name
     start = Path(path.parent.parent, config.get("init_from", ""), "result.json")
-    if target and start.exists() and is_of_start(digests, read_result(start)):
-        setting += [f"start {text}" for text in load_run(start).setting]
+    begun = load_run(start) if target and start.exists() else None
+    if begun and begun.as_start in (None, digests.get("start")):  # else it was made again since
+        setting += [f"start {text}" for text in begun.setting]
     elif target:
         setting.append(f"start={digests.get('start')}")
     return Run(path.parent, label, kind, source, target, seed, config, tuple(setting), digests,
-               result["accuracy"])
-
-
-def is_of_start(digests, start):
-    """Did a run with these digests start from this result, or from what lay there before?"""
-    return start.get("as_start") in (None, digests.get("start"))  # runs of old do not tell
+               result["accuracy"], result.get("as_start"))
 
 
 def read_result(path):
@@ -910,9 +907,8 @@ def write_csv(runs, path):
         out = csv.writer(file)
         out.writerow(CSV_COLUMNS.split())
         for run in runs:
-            cell = [run.folder.name, 1 + settings.index(run.setting)]
-            cell += [run.label, run.config["xpe_ratio"]]
-            cell += [run.source, run.target, run.seed]
+            cell = [run.folder.name, 1 + settings.index(run.setting), run.label]
+            cell += [run.config["xpe_ratio"], run.source, run.target, run.seed]
             for code, percent in run.accuracy.items():
                 name = LANGUAGES[code].name if code in LANGUAGES else ""
                 flags = [int(code in SEEN), int(code in LOW_PERFORMING)]
