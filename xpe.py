@@ -298,7 +298,7 @@ class Config:
     # The languages
     source: str = setting("joshi5", "train on enarzho, joshi5, seen, or codes: a,b (4.2)")
     languages: str = setting("all", "test on all, or on names and codes as in --source")
-    target: str = setting("", "then go on in each alone: codes, or full, the 46 (4.1)")
+    target: str = setting("", "then go on in each alone (4.1): codes, or full: the 46 (4.2)")
     data: str = setting("Davlan/sib200", "hub name, or DIR of <code>/{train,dev,test}.tsv (4.1)",
                         toy="toy")
     max_length: int = setting(164, "longest text in tokens (AUTHORS)", toy=32, least=3)
@@ -307,7 +307,8 @@ class Config:
     steps: int = setting(24_000, "optimization steps (4.4)", toy=300)
     batch_size: int = setting(32, "sentences per step (4.4)", least=1)
     lr: float = setting(5e-5, "peak learning rate of prompt encoder and head (4.4)", toy=3e-3)
-    prompt_lr: float = setting(5e-3, "peak learning rate of the free vectors (4.4)", toy=5e-2)
+    prompt_lr: float = setting(5e-3, "peak learning rate of the free vectors (4.4); if released, "
+                               "of the pseudo prompt, and of SPT", toy=5e-2)
     weight_decay: float = setting(None, "of prompt encoder and head [0.1; 0.01 if released] (4.4)")
     warmup: float = setting(0.1, "share of steps with warm-up (AUTHORS)", below=1)
     cycles: int = setting(2, "cosine cycles, each from the peak to zero (4.4)", least=1)
@@ -447,7 +448,7 @@ def rate_and_decay(module, parameter, cfg):
         return cfg.prompt_lr, 0.0                  # AUTHORS: the pseudo prompt moves fast
     if released and parameter.dim() == 1:
         return cfg.lr, 0.0                         # AUTHORS: no decay on biases
-    return cfg.lr, cfg.weight_decay                # PAPER 4.4: the pseudo prompt with its encoder
+    return cfg.lr, cfg.weight_decay                # PAPER 4.4, which is silent on the pseudo prompt
 
 
 def parameter_groups(model, cfg):
@@ -591,7 +592,7 @@ def run(cfg, wait=False):
 
     wait: where another process is at work on the same run, wait for it; else InputError.
     """
-    # Each config that transfer makes is its own only one, and passes.
+    # The config that transfer makes for one target passes: of it transfer would make itself.
     refuse({"a run on a target starts from another: call transfer(cfg)":
             cfg.target and [cfg] != configs_of_transfer(cfg)})
     print(f"{run_name(cfg)}: reading the sentences")
@@ -640,7 +641,7 @@ def transfer(cfg):
     """Sequential transfer (4.1): a source run, then each target alone, from its prompt and head.
 
     On the targets target_steps, target_warmup, ... take the place of steps, warmup, ..., which
-    only the source run reads, as it does `languages`; with init_from there is none.
+    only the source run reads, as it does `languages`; with init_from no source is run.
     """
     # All that the targets need is read before the source run, which takes long.
     read_task(dataclasses.replace(cfg, languages=cfg.target))
