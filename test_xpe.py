@@ -40,7 +40,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 # Before anything reads them.  One thread: in models as tiny as these, two would mostly wait.
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 import datasets
 import huggingface_hub
@@ -215,7 +215,7 @@ def read(name):
 
 def failing(error):
     """A function that raises an error, whatever it is called with."""
-    def work(*_):
+    def work(*_, **__):
         raise error
     return work
 
@@ -620,6 +620,7 @@ AUTO = """
 --device cpu   | GPU | cpu fp32
 --dtype fp32   | GPU | cuda:0 fp32
 --method full  | GPU | cuda:0 fp32
+               | T4  | cuda:0 fp32
 """
 
 
@@ -628,7 +629,9 @@ def test_auto_is_a_gpu_in_bf16_where_there_is_one(argv, there, expected, monkeyp
     def zeros(size, device):                       # as on a machine with a GPU
         return SimpleNamespace(device={"cuda": "cuda:0"}.get(device, device), item=float)
 
+    capability = (7, 5) if there == "T4" else (9, 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(there))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch, "zeros", zeros)
     cfg = xpe.parse(argv.split())
     assert f"{cfg.device} {cfg.dtype}" == expected
@@ -1733,20 +1736,27 @@ def test_endless_input_gets_answers_in_utf8():
     assert error.count("\n") <= 1
 
 
-def test_a_bug_is_no_line(monkeypatch):
-    monkeypatch.setattr(xpe, "use_adapter", failing(RuntimeError("shapes")))
-    with pytest.raises(RuntimeError, match="shapes"):
+@parametrize("message", ["shapes", "CUDA error: an illegal memory access was encountered"])
+def test_a_bug_is_no_line(message, monkeypatch):
+    monkeypatch.setattr(xpe, "use_adapter", failing(RuntimeError(message)))
+    with pytest.raises(RuntimeError, match=message):
         xpe.main(["--load", "adapter"])
 
 
+@parametrize("place", ["use_adapter", "torch.zeros"])     # the other tries --device
 @parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
 ])
-def test_lack_of_memory_is_one_line(error, monkeypatch, capsys):
-    monkeypatch.setattr(xpe, "use_adapter", failing(error))
+def test_lack_of_memory_is_one_line(error, place, monkeypatch, capsys):
+    monkeypatch.setattr(f"xpe.{place}", failing(error))
     assert xpe.main(["--load", "adapter"]) == 1
-    assert re.fullmatch(r"xpe.py: .*emory.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"xpe.py: \w+Error: .*emory.*--batch-size.*\n", capsys.readouterr().err)
+
+
+def test_gpu_that_is_not_used_is_not_asked(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", failing(RuntimeError("driver too old")))
+    assert xpe.main([*SHORT.split(), "2", "--out", str(tmp_path)]) == 0
 
 
 # ------------------------------------------------------------------- Encoders that a user brings

@@ -478,7 +478,7 @@ def set_training_mode(model, cfg):
 
 
 def train_step(model, batch, optimizer, clip):
-    """One update on a batch of Sentences; -> its loss, on the device: no step waits for it."""
+    """One update on a batch of Sentences; -> its loss, still on the device."""
     ids, mask, classes = batch
     with fast(model):
         loss = loss_of(model(ids, mask), classes)
@@ -547,7 +547,7 @@ def train(model, sentences, dev, cfg, folder=None, test_tokens=0):
     """Train on Sentences, keep what is best on the Sentences `dev`; -> Progress.
 
     An evaluation and a checkpoint in `folder` (a RunFolder) end each epoch; from a checkpoint that
-    is there the training is resumed, bit for bit.  test_tokens: how many are tested later, for the
+    is there it goes on, on a CPU bit for bit.  test_tokens: how many are tested later, for the
     estimate of the time left.  Raises FloatingPointError where a loss is not finite.
     """
     optimizer = Adafactor(parameter_groups(model, cfg), cfg.lr)
@@ -768,7 +768,15 @@ def as_input_error(problem, remedy=""):
     except InputError:
         raise
     except Exception as error:                     # of many kinds, which mean the same to a user
+        if lacks_memory(error):                    # but this: no input is wrong
+            raise
         raise InputError(f"{problem} ({describe(error)}){remedy}") from error
+
+
+def lacks_memory(error):
+    """Is it one of the ways in which Python, torch and the system say so?"""
+    says = "out of memory", "allocate memory"
+    return isinstance(error, MemoryError) or any(words in str(error) for words in says)
 
 
 def describe(error):
@@ -901,7 +909,7 @@ class RunFolder:
             model=trainable(model),
             optimizer=optimizer.state_dict(),
             rng=torch.get_rng_state(),
-            cuda_rng=torch.cuda.get_rng_state_all(),
+            cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
             threads=torch.get_num_threads(),
         )
         memory = io.BytesIO()
@@ -1114,8 +1122,11 @@ def check_settings(cfg):
         there = torch.zeros(1, device=cfg.device)
         there.item()                               # meta, for one, has nothing in it
         cfg.device = str(there.device)
-    if cfg.dtype == "auto":                        # AUTHORS: bf16 autocast
-        cfg.dtype = "bf16" if cfg.device.startswith("cuda") and cfg.method != "full" else "fp32"
+    if cfg.dtype == "auto":
+        on_gpu = cfg.device.startswith("cuda") and cfg.method != "full"
+        # AUTHORS: bf16 autocast.  GPUs older than Ampere (8.0) only emulate it, slowly.
+        fit = on_gpu and torch.cuda.get_device_capability(cfg.device) >= (8, 0)
+        cfg.dtype = "bf16" if fit else "fp32"
 
 
 def checked(field, value):
@@ -1656,13 +1667,14 @@ def benchmark(cfg):
 
     works = (products, training, evaluation)
     rounds = [[time_of(work) for work in works] for _ in range(6)]         # (6, 3)
+    peak = peak_memory(cfg.device)                 # before the counting, which takes more
     medians = np.median(rounds[1:], axis=0)                                # (3,)
     rates = [count_operations(work) for work in works] / medians / 1e9
     print(f"a batch of {size:<5}       ms sentences/s  GFLOP/s share")
     for work, seconds, rate in zip(works, medians, rates):
         print(f"{work.__name__:<16} {1000 * seconds:8.1f} {size / seconds:11.1f} {rate:8.0f} "
               f"{rate / rates[0]:5.0%}")
-    print(f"peak memory {peak_memory(cfg.device) / 2**30:.2f} GiB; {cfg.dtype}, {cfg.device}")
+    print(f"peak memory {peak / 2**30:.2f} GiB; {cfg.dtype}, {cfg.device}")
 
 
 def time_of(work):
@@ -1726,24 +1738,29 @@ def parse(argv=None):
 
 def main(argv=None):
     """The command line; -> exit code: 0 done, 1 the run failed, 2 wrong input."""
-    return groups.guarded("xpe.py", lambda: start(parse(argv)))
+    return groups.guarded("xpe.py", lambda: start(argv))
 
 
-def start(cfg):
-    """Do what a config asks for.  Raises MemoryError for each of torch's ways to say so."""
-    job = transfer if cfg.target else run
-    if cfg.load:
-        job = use_adapter
-    if cfg.benchmark:
-        job = benchmark
-    if cfg.toy:
-        torch.set_num_threads(1)                   # more would wait for each other
+def start(argv):
+    """Do what a command line asks for.  Raises MemoryError for each of torch's ways to say so."""
     try:
-        job(cfg)
+        cfg = parse(argv)
+        if cfg.toy:
+            torch.set_num_threads(1)               # more would wait for each other
+        job_of(cfg)(cfg)
     except RuntimeError as error:                  # torch has no type of its own for a CPU's memory
-        if "memory" not in str(error):
+        if not lacks_memory(error):
             raise
         raise MemoryError(f"{describe(error)}; a smaller --batch-size needs less") from error
+
+
+def job_of(cfg):
+    """The function that does what a config asks for."""
+    if cfg.benchmark:
+        return benchmark
+    if cfg.load:
+        return use_adapter
+    return transfer if cfg.target else run
 
 
 if __name__ == "__main__":
