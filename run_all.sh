@@ -149,7 +149,8 @@ unfinished='
 import shlex, sys
 sys.path.insert(0, sys.argv[1])
 try:
-    import xpe
+    import functools, xpe
+    xpe.read_rows = functools.cache(xpe.read_rows)        # each file once, not once a run
 except Exception:
     xpe = None
 
@@ -161,7 +162,7 @@ for number, line in enumerate(lines, 1):
     except (Exception, SystemExit):
         finished = False
     if not finished:
-        print(f"{number}/{len(lines)} {line}", end="\0", flush=True)'
+        print(f"{number}/{len(lines)} {line}", end="\0")'
 
 one() {                                                   # "12/46 name", a tab, a command
   local label=${1%%$'\t'*} command=${1#*$'\t'} code=0
@@ -177,9 +178,13 @@ one() {                                                   # "12/46 name", a tab,
 export -f one
 
 all() {
-  local failed=0
-  grid | python -c "$unfinished" "$here" |
+  local failed=0 todo
+  todo=$(mktemp)                                          # no pipe: torch would wait at its other end
+  grid | python -c "$unfinished" "$here" > "$todo" || failed=1
+  {
+    rm "$todo"
     xargs -0 -r -n 1 -P "$jobs" bash -o pipefail -c 'one "$0"' || failed=1
+  } < "$todo"
   python "$here/groups.py" "${OUT:-runs}" || failed=1
   return $failed
 }

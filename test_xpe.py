@@ -2393,7 +2393,7 @@ def test_finished_grid_runs_nothing_and_loads_torch_once(finished, runs, stub):
     Path("ran").touch()
     Path("xpe.py").write_text(f"""
 print("loaded", file=open("loaded", "a"))
-parse = list
+parse = read_rows = list
 def finished(argv):
     return {finished}
 """)
