@@ -873,7 +873,8 @@ def report(runs):
 
     for heading, part in parts:
         encoders, steps = distinct(part, "backbone"), distinct(part, "steps")
-        lines += ["", f"## {one_line(heading)}"] if heading else []
+        if len(parts) > 1:
+            lines += ["", f"## {one_line(heading) or 'without what the other headings name'}"]
         lines += ["", f"Backbone {encoders}; steps {steps}; runs {len(part)}."]
         started = [run for run in part if run.kind != "sequential" and run.config.get("init_from")]
         if started:
@@ -927,7 +928,11 @@ def choose_runs(runs):
     heading, runs = max(split_by_setting(runs), key=lambda part: len(part[1]))
     sources = [run.source for run in runs]
     source = "joshi5" if "joshi5" in sources else mode(sources)
-    return heading, [run for run in runs if run.source == source]
+    runs = [run for run in runs if run.source == source]
+    widest = {}  # method -> languages: a run of fewer would bend its curve
+    for run in runs:
+        widest[run.label] = max(widest.get(run.label, set()), set(run.accuracy), key=len)
+    return heading, [run for run in runs if set(run.accuracy) == widest[run.label]]
 
 
 def panels(order):

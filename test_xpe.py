@@ -2674,6 +2674,14 @@ def test_settings_are_kept_apart_and_languages_must_be_whole(save, capsys, rows)
     assert "## zero-shot steps=200, zero-shot toy=False, zero-shot encoder=None\n" in out
 
 
+def test_every_setting_has_a_heading(save, capsys):
+    save("a", 50.0)
+    save("b", 60.0, seed=1, newer=1)
+    groups.main([])
+    headings = re.findall("^## (.*)", capsys.readouterr().out, re.M)
+    assert headings == ["without what the other headings name", "zero-shot newer=1"]
+
+
 def test_full_supervision(save, rows):
     kab, yue = 39.5, 88.9                          # SIB-200's published accuracies
     full = dict(method="full", xpe_ratio=None, steps=9)
@@ -2834,6 +2842,7 @@ def test_plot_draws_every_language_and_says_of_what(save, drawn):
     save("b", 60.0, backbone="hub/enc", seed=1)
     save("c", 70.0, backbone="hub/enc", **DUAL)
     save("e", 60.0, backbone="hub/enc", steps=200)             # another setting, with fewer runs
+    save("f", dict.fromkeys(groups.LOW_PERFORMING, 90.0), backbone="hub/enc", seed=2)  # not whole
     figure = drawn()
     title = "joshi5: enc, 100 steps\nzero-shot steps=100\nBold"
     assert title in figure.get_suptitle()
