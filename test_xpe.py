@@ -811,10 +811,26 @@ def test_start_that_changed_is_another_start(tiny, refused):
     launch(*argv)
     refused("another encoder", *argv, "--out other --backbone", tiny)
     edit("result.json", seconds=5.0)(begun)        # the same, made once more
+    (begun / "predictions.csv").unlink()           # packed, say
+    (begun / "notes.txt").write_text("mine")
     launch(*argv)
-    log = begun / "log.csv"
-    log.write_text(log.read_text().replace("1,1,", "1,2,"))
+    edit("result.json", as_start="another")(begun)
     refused("start (", *argv)
+
+
+def test_start_is_named_from_where_the_link_of_out_leads():
+    for folder in ("far/away/runs", "first/run"):
+        Path(folder).mkdir(parents=True)
+    Path("runs").symlink_to("far/away/runs")
+    cfg = xpe.Config(toy=True, init_from="first/run", out="runs")
+    assert Path("runs", xpe.definition(cfg)["init_from"]).samefile("first/run")
+
+
+def test_finished_run_is_reported_from_a_folder_that_nobody_can_write_to(monkeypatch, refused):
+    launch(SHORT, 1)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    launch(SHORT, 1)
+    refused("runs is no folder that can be written to", SHORT, 2, "--seed 1 --out runs")
 
 
 @parametrize("name", ["replace", "fsync"])

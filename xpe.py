@@ -820,7 +820,8 @@ def definition(cfg):
     kept = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)
             if field.metadata["defines"]}
     if cfg.init_from:
-        kept["init_from"] = os.path.relpath(cfg.init_from, cfg.out)
+        start, out = map(os.path.realpath, (cfg.init_from, cfg.out))
+        kept["init_from"] = os.path.relpath(start, out)
     return kept
 
 
@@ -838,13 +839,14 @@ class RunFolder:
     def __init__(self, cfg, task):
         self.path = Path(cfg.out, run_name(cfg))
         self.made_from = dict(config=definition(cfg), digests=task.digests)
+        if self.result():
+            return
         above = self.path
         while not os.path.lexists(above):
             above = above.parent
         if not (above.is_dir() and os.access(above, os.W_OK)):
             raise InputError(f"--out {cfg.out}: {above} is no folder that can be written to")
-        if not self.result():
-            self.checkpoint()                      # another run's is refused before anything slow
+        self.checkpoint()                          # another run's is refused before anything slow
 
     @contextlib.contextmanager
     def lock(self, wait=False):
@@ -1425,7 +1427,7 @@ def read_task(cfg):
     if cfg.init_from:
         if not Path(cfg.init_from).is_dir():
             raise InputError(f"--init-from {cfg.init_from}: no such folder")
-        digests["start"] = digest_of(cfg.init_from) + cfg.labels
+        digests["start"] = digest_of_start(cfg.init_from) + cfg.labels
     return Task(train, dev, test, labels, digests)
 
 
@@ -1444,6 +1446,13 @@ def digest_of(folder):
             digest.update(path.name.encode())
             digest.update(digest_of_file(path, facts.st_size, facts.st_mtime_ns))
     return digest.hexdigest()[:12]
+
+
+def digest_of_start(folder):
+    """The digest that a run gave itself, whatever is packed or added since; else its files'."""
+    result = Path(folder, "result.json")
+    own = groups.read_result(result).get("as_start") if result.exists() else None
+    return own or digest_of(folder)
 
 
 @functools.cache
