@@ -335,7 +335,7 @@ class Config:
     out: str = setting("runs", "folder that holds one folder per run", defines=False)
     device: str = setting("auto", "cpu, cuda, cuda:1, ..., auto: cuda where there is one",
                           defines=False)
-    dtype: str = setting("auto", "frozen weights: fp32, bf16; auto: bf16 on a GPU",
+    dtype: str = setting("auto", "frozen weights: fp32, bf16; auto: bf16 on a GPU that has it",
                          choices=("auto", "fp32", "bf16"))
     toy: bool = setting(False, "synthetic languages, a tiny random encoder, no network")
 
