@@ -921,18 +921,21 @@ COLORS = dict(zip(METHODS, ("#E69F00", "#56B4E9", "#0072B2", "#009E73")))  # als
 
 
 def choose_runs(runs):
-    """The zero-shot runs of one setting and one source: Joshi5, or the one with most runs."""
+    """The zero-shot runs of one setting and one source: Joshi5, or the one with most runs.
+
+    Of each method those that tested the most languages: a run of fewer would bend its curve.
+    """
     runs = [run for run in runs if run.kind == "zero-shot" and run.label in METHODS]
     if not runs:
         raise InputError(f"--plot: no zero-shot run of {', '.join(METHODS)} to draw")
     heading, runs = max(split_by_setting(runs), key=lambda part: len(part[1]))
     sources = [run.source for run in runs]
     source = "joshi5" if "joshi5" in sources else mode(sources)
-    runs = [run for run in runs if run.source == source]
-    widest = {}  # method -> languages: a run of fewer would bend its curve
-    for run in runs:
-        widest[run.label] = max(widest.get(run.label, set()), set(run.accuracy), key=len)
-    return heading, [run for run in runs if set(run.accuracy) == widest[run.label]]
+    chosen = []
+    for label in METHODS:
+        tested = [run.accuracy for run in by_seed(runs, label, source).values()]
+        chosen += by_seed(runs, label, source, codes=max(tested, key=len, default=())).values()
+    return heading, chosen
 
 
 def panels(order):
