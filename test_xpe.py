@@ -1770,9 +1770,9 @@ def test_lack_of_memory_is_one_line(error, place, monkeypatch, capsys):
     assert re.fullmatch(r"xpe.py: \w+Error: .*emory.*--batch-size.*\n", capsys.readouterr().err)
 
 
-def test_gpu_that_is_not_used_is_not_asked(monkeypatch, tmp_path):
+def test_gpu_that_is_not_used_is_not_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", failing(RuntimeError("driver too old")))
-    assert xpe.main([*SHORT.split(), "2", "--out", str(tmp_path)]) == 0
+    launch(SHORT, 2)
 
 
 # ------------------------------------------------------------------- Encoders that a user brings

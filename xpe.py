@@ -1124,11 +1124,13 @@ def check_settings(cfg):
         there = torch.zeros(1, device=cfg.device)
         there.item()                               # meta, for one, has nothing in it
         cfg.device = str(there.device)
-    if cfg.dtype == "auto":
-        on_gpu = cfg.device.startswith("cuda") and cfg.method != "full"
-        # AUTHORS: bf16 autocast.  GPUs older than Ampere (8.0) only emulate it, slowly.
-        fit = on_gpu and torch.cuda.get_device_capability(cfg.device) >= (8, 0)
-        cfg.dtype = "bf16" if fit else "fp32"
+    if cfg.dtype == "auto":                        # AUTHORS: bf16 autocast
+        cfg.dtype = "bf16" if cfg.method != "full" and has_bf16(cfg.device) else "fp32"
+
+
+def has_bf16(device):
+    """Is it a GPU that computes in bf16?  Those older than Ampere (8.0) only emulate it, slowly."""
+    return device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def checked(field, value):
@@ -1646,8 +1648,7 @@ def read_lines(path, size=256):
 def benchmark(cfg):
     """--benchmark: a training step and an evaluation batch, beside the Linears alone.
 
-    Texts cut at 36 tokens; medians of 5 rounds, after one to warm up, of 8 batches in turns; a
-    share is of the products' rate.  Operations are counted by torch.
+    Texts cut at 36 tokens; a share is of the products' rate.  Operations are counted by torch.
     """
     cfg = dataclasses.replace(cfg, max_length=36)
     model, tokenizer = build_model(cfg, groups.LABELS)
@@ -1675,15 +1676,20 @@ def benchmark(cfg):
         return predict(trained, sentences)
 
     works = (products, training, evaluation)
-    rounds = [[time_of(work) for work in works] for _ in range(6)]         # (6, 3)
+    medians = times_of(works)                                              # (3,)
     peak = peak_memory(cfg.device)                 # before the counting, which takes more
-    medians = np.median(rounds[1:], axis=0)                                # (3,)
     rates = [count_operations(work) for work in works] / medians / 1e9
     print(f"a batch of {size:<5}       ms sentences/s  GFLOP/s share")
     for work, seconds, rate in zip(works, medians, rates):
         print(f"{work.__name__:<16} {1000 * seconds:8.1f} {size / seconds:11.1f} {rate:8.0f} "
               f"{rate / rates[0]:5.0%}")
     print(f"peak memory {peak / 2**30:.2f} GiB; {cfg.dtype}, {cfg.device}")
+
+
+def times_of(works):
+    """Seconds for a batch of each work: medians of 5 rounds in turns, after one to warm up."""
+    rounds = [[time_of(work) for work in works] for _ in range(6)]         # (6, works)
+    return np.median(rounds[1:], axis=0)
 
 
 def time_of(work):
