@@ -8,8 +8,9 @@
 #   STEPS=2400 SEEDS="0 1 2" BACKBONE=DIR DATA=DIR bash run_all.sh table1 --lr 5e-4 --prompt-lr 5e-2
 #
 # The same command again skips what is finished and goes on with what was interrupted.  A failed run
-# does not stop the others; the exit code tells.  From the environment come SEEDS, STEPS, BACKBONE,
-# DATA, OUT and JOBS (how many runs at a time); other flags are passed on to every run.
+# does not stop the others; the exit code tells.  A wrong flag stops all, before the first begins.
+# From the environment come SEEDS, STEPS, BACKBONE, DATA, OUT and JOBS (how many runs at a time);
+# other flags are passed on to every run.
 #
 #   table1   3 sources x 4 methods x 10 seeds = 120 runs.  By the paper's half an hour for 24,000
 #            steps on an A100: 60 hours.
@@ -144,25 +145,32 @@ fi
 
 # --------------------------------------------------------------------------------------- Run it all
 # From the lines of the grid those that are not finished, numbered, with a NUL after each.  torch
-# is loaded once for all of them; whatever goes wrong here, the run itself will say.
+# is loaded once for all of them.  What xpe.py refuses in one of them ends all, before the first run
+# begins; whatever else goes wrong here, the run itself will say.
 unfinished='
 import shlex, sys
 sys.path.insert(0, sys.argv[1])
+import groups
 try:
     import functools, xpe
     xpe.read_rows = functools.cache(xpe.read_rows)        # each file once, not once a run
 except Exception:
     xpe = None
 
-lines = sys.stdin.read().splitlines()
-for number, line in enumerate(lines, 1):
-    try:
-        words = shlex.split(line.split("\t")[1])
-        finished = xpe.finished(xpe.parse(words[2:]))
-    except (Exception, SystemExit):
-        finished = False
-    if not finished:
-        print(f"{number}/{len(lines)} {line}", end="\0")'
+def scan():
+    lines = sys.stdin.read().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            words = shlex.split(line.split("\t")[1])
+            finished = xpe.finished(xpe.parse(words[2:]))
+        except groups.InputError:
+            raise
+        except (Exception, SystemExit):
+            finished = False
+        if not finished:
+            print(f"{number}/{len(lines)} {line}", end="\0")
+
+sys.exit(groups.guarded("run_all.sh", scan))'
 
 one() {                                                   # "12/46 name", a tab, a command
   local label=${1%%$'\t'*} command=${1#*$'\t'} code=0
@@ -178,9 +186,10 @@ one() {                                                   # "12/46 name", a tab,
 export -f one
 
 all() {
-  local failed=0 todo
+  local failed=0 code=0 todo
   todo=$(mktemp)                                          # no pipe: torch would wait at its other end
-  grid | python -c "$unfinished" "$here" > "$todo" || failed=1
+  grid | python -c "$unfinished" "$here" > "$todo" || code=$?
+  ((code == 0)) || { rm "$todo"; return $code; }
   {
     rm "$todo"
     xargs -0 -r -n 1 -P "$jobs" bash -o pipefail -c 'one "$0"' || failed=1

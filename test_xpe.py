@@ -2349,6 +2349,13 @@ def test_grid_fails_loudly_and_the_other_runs_go_on(stub):
     assert "46/46 full-kab_Latn-s1: done\n" in output
 
 
+def test_grid_refuses_a_wrong_flag_before_any_run(stub):
+    code, error = ended(grid("--toy", "--lrr", "1", path=stub("echo >> ran")))
+    assert code == 2
+    assert error == "run_all.sh: unrecognized arguments: --lrr 1; see --help\n"
+    assert not Path("ran").exists()
+
+
 def test_grid_knows_failed_from_stopped(stub):
     path = stub('case "$*" in *spt*) exit 143 ;; esac')
     code, error = ended(grid("--toy", "table1", path=path, SEEDS="0"))
