@@ -859,6 +859,8 @@ def whole_table(runs):
 
 TITLE1 = "Table 1: zero-shot"
 TITLE2 = "Table 2: beside prior work (published: Phi, GPT, SIB-200, RoSPrompt)"
+# The settings that stand above each table: those in which runs differ most often from the paper's.
+SHOWN = ("backbone", "steps", "recipe", "lr", "prompt_lr", "weight_decay")
 
 
 def report(runs):
@@ -872,10 +874,10 @@ def report(runs):
         lines += ["", f"Different settings are never averaged: tables follow {len(parts)} times."]
 
     for heading, part in parts:
-        encoders, steps = distinct(part, "backbone"), distinct(part, "steps")
+        facts = "; ".join(f"{key} {distinct(part, key)}" for key in SHOWN)
         if len(parts) > 1:
             lines += ["", f"## {one_line(heading) or 'without what the other headings name'}"]
-        lines += ["", f"Backbone {encoders}; steps {steps}; runs {len(part)}."]
+        lines += ["", f"{facts}; runs {len(part)}."]
         started = [run for run in part if run.kind != "sequential" and run.config.get("init_from")]
         if started:
             lines += ["", f"{len(started)} went on from {distinct(started, 'init_from')}."]

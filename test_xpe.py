@@ -2705,6 +2705,12 @@ def test_every_setting_has_a_heading(save, capsys):
     assert headings == ["without what the other headings name", "zero-shot newer=1"]
 
 
+def test_a_setting_that_all_runs_share_stands_above_their_tables(save, capsys):
+    save("a", 50.0, recipe="released", lr=0.5)
+    groups.main([])
+    assert "; recipe released; lr 0.5; " in capsys.readouterr().out
+
+
 def test_full_supervision(save, rows):
     kab, yue = 39.5, 88.9                          # SIB-200's published accuracies
     full = dict(method="full", xpe_ratio=None, steps=9)
