@@ -189,9 +189,9 @@ all() {
   local failed=0 code=0 todo
   todo=$(mktemp)                                          # no pipe: torch would wait at its other end
   grid | python -c "$unfinished" "$here" > "$todo" || code=$?
-  ((code == 0)) || { rm "$todo"; return $code; }
   {
     rm "$todo"
+    ((code == 0)) || return $code
     xargs -0 -r -n 1 -P "$jobs" bash -o pipefail -c 'one "$0"' || failed=1
   } < "$todo"
   python "$here/groups.py" "${OUT:-runs}" || failed=1
